@@ -1,0 +1,1 @@
+"""clipbench: an experiment runner and benchmark suite for gradient clipping."""
