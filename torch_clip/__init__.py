@@ -1,0 +1,8 @@
+"""Gradient clipping in front of any PyTorch optimizer."""
+
+from torch_clip.attach import clip
+from torch_clip.clipping import Clipping, NonFiniteGradientError, Telemetry
+from torch_clip.methods import CLIPPINGS
+from torch_clip.optimizers import ClippedSGD
+
+__all__ = ["CLIPPINGS", "ClippedSGD", "Clipping", "NonFiniteGradientError", "Telemetry", "clip"]

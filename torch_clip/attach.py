@@ -1,0 +1,264 @@
+"""Putting clipping in front of any torch optimizer, in place.
+
+The optimizer's class is swapped for a subclass of itself that carries the clipping through ``state_dict``,
+pickle and deepcopy. The clipping itself happens in a step pre-hook: hooks run whichever way ``step`` is
+called, also through the wrapper that a scheduler made earlier has put around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from torch_clip.clipping import Clipping
+from torch_clip.norms import Global, Grads, share_of
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+_GROUP_KEYS = ("clipping", "clipping_type", "clipping_level", "p_autoclip")
+# Their fused kernels divide the gradient by `optimizer.grad_scale` and do nothing where `optimizer.found_inf`
+# is 1. Compared by step function, so that a subclass with a step of its own is not taken for one of them.
+_FUSED_STEPS = tuple(inspect.unwrap(cls.step) for cls in (SGD, Adam, AdamW, Adagrad))
+
+
+def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
+    """Put ``clipping`` in front of ``optimizer``: from now on each ``step`` clips the gradients first.
+
+    The optimizer stays what it was: closures (clipped after each evaluation, so LBFGS clips and records
+    every inner one), schedulers made before or after, ``GradScaler``, parameter groups, ``torch.compile``,
+    pickle and deepcopy work as without clipping. ``optimizer.clipping`` is the clipping,
+    ``optimizer.clipping.telemetry`` what it did last, ``optimizer.state_dict()["clipping"]`` its state. With
+    a fused SGD, Adam, AdamW or Adagrad a global coefficient travels into the update kernel, so that clipping
+    costs one read of the gradients.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``. Changed in place.
+        clipping: from ``torch_clip.methods``, or one of your own.
+
+    Returns:
+        ``optimizer``.
+
+    Raises:
+        TypeError: ``optimizer`` is a wrapper without step hooks (attach to the optimizer inside), or
+            ``clipping`` is no clipping.
+        ValueError: ``optimizer`` has a clipping already, or a parameter group carries clipping settings.
+
+    Note:
+        On a device other than the CPU, ``nonfinite="skip"`` needs a fused optimizer to be free of host
+        synchronisation; with any other it reads one flag a step.
+
+    Example:
+        >>> import torch
+        >>> from torch_clip.methods import NormClip
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = clip(torch.optim.AdamW(model.parameters()), NormClip(threshold=1.0))
+        >>> model(torch.ones(2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.clipping.telemetry.clipped
+        1.0
+    """
+    if not isinstance(clipping, Clipping):
+        raise TypeError(f"clipping must be a torch_clip Clipping such as NormClip(1.0), got {clipping!r}")
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no step hooks; if it wraps an optimizer, clip the one inside"
+        )
+    if "clipping" in optimizer.__dict__:
+        raise ValueError(f"{type(optimizer).__name__} already has a clipping: {optimizer.clipping}")
+    for group in optimizer.param_groups:
+        _refuse_clipping_keys(group)
+    optimizer.__class__ = _clipped_class(type(optimizer))
+    optimizer.clipping = clipping
+    _register_hooks(optimizer)
+    return optimizer
+
+
+@functools.cache
+def _clipped_class(base: type[Optimizer]) -> type[Optimizer]:
+    # One base and no slots: a mixin would change the object layout, which __class__ assignment refuses.
+    class Clipped(base):  # type: ignore[valid-type, misc]
+        _step_can_fuse = inspect.unwrap(base.step) in _FUSED_STEPS
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().step(*args, **kwargs)
+            finally:
+                _restore(self)  # the post-hook does not run when the step raises
+
+        step.hooked = True  # the base's step runs the hooks; wrapping this one too would run them twice
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            _refuse_clipping_keys(param_group)
+            super().add_param_group(param_group)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "clipping": self.clipping.state_dict()}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            if "clipping" in state_dict:
+                self.clipping.load_state_dict(state_dict["clipping"])
+            else:
+                self.clipping.reset()
+                name = type(self.clipping).__name__
+                warnings.warn(f"the loaded state has no 'clipping': {name} starts fresh", stacklevel=2)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {**super().__getstate__(), "clipping": self.clipping}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            # Unpickled or copied: hooks do not travel. Loading a state dict comes here too, with its hooks.
+            if "clipping" in state:
+                _register_hooks(self)
+
+        def __reduce_ex__(self, protocol: int) -> tuple:
+            return _rebuild, (base,), self.__getstate__()
+
+    Clipped.__name__, Clipped.__qualname__, Clipped.__module__ = (
+        base.__name__,
+        base.__qualname__,
+        base.__module__,
+    )
+    return Clipped
+
+
+def _rebuild(base: type[Optimizer]) -> Optimizer:
+    cls = _clipped_class(base)
+    return cls.__new__(cls)
+
+
+def _refuse_clipping_keys(group: dict[str, Any]) -> None:
+    for key in _GROUP_KEYS:
+        if key in group:
+            raise ValueError(
+                f"a parameter group has {key!r}; one clipping serves all groups, the settings belong to it"
+            )
+
+
+def _register_hooks(optimizer: Optimizer) -> None:
+    optimizer.register_step_pre_hook(_before_step)
+    optimizer.register_step_post_hook(_after_step)
+
+
+@torch.compiler.disable  # traced, grad_scale would be set and then ignored by the compiled step
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _clip(optimizer)
+        return None
+
+    @functools.wraps(closure)
+    def clipped_closure(*closure_args: Any, **closure_kwargs: Any) -> Any:
+        loss = closure(*closure_args, **closure_kwargs)
+        _clip(optimizer)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": clipped_closure}
+    return (args[0], clipped_closure, *args[2:]), kwargs
+
+
+@torch.compiler.disable
+def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    _restore(optimizer)
+
+
+@torch.no_grad()
+def _clip(optimizer: Optimizer) -> None:
+    """Clip the gradients, or leave the work to the update kernel."""
+    clipping = optimizer.clipping
+    _restore(optimizer)  # of an evaluation of the closure before this one
+    grads = Grads(param for group in optimizer.param_groups for param in group["params"])
+    amp_scale = getattr(optimizer, "grad_scale", None)
+    if amp_scale is not None and not isinstance(clipping.scope, Global):
+        # Set by a GradScaler for the fused kernel; these methods clip in the gradient's own units.
+        torch._foreach_mul_(grads.tensors, amp_scale.reciprocal())
+        _lend(optimizer, "grad_scale", None)
+        amp_scale = None
+    scale = 1.0 if amp_scale is None else amp_scale.item() if amp_scale.device.type == "cpu" else amp_scale
+    measured = clipping.measure(grads, scale, functools.partial(_describe, optimizer))
+
+    skip = clipping.must_skip(measured)
+    fused = optimizer._step_can_fuse and all(group["fused"] for group in optimizer.param_groups)
+    if not fused and clipping.nonfinite == "skip" and isinstance(measured.finite, Tensor):
+        skip = not measured.finite  # the one flag that the host must read
+    if skip:
+        _hide_grads(optimizer, grads)
+        clipping.record(measured, 1.0, 0.0)
+        return
+    if not (fused and isinstance(clipping.scope, Global)):
+        clipping.scale_(grads, measured)
+    else:
+        coef = clipping.coef(measured) if grads.tensors else 1.0
+        clipping.record(measured, coef, share_of(coef))
+        if isinstance(coef, Tensor):
+            _lend(optimizer, "grad_scale", (scale / coef).float())
+        elif coef != 1.0:
+            inverse = scale / coef if coef else torch.inf
+            _lend(optimizer, "grad_scale", torch.tensor(inverse, dtype=torch.float32))
+    if fused and clipping.nonfinite == "skip" and isinstance(measured.finite, Tensor):
+        bad = (~measured.finite).float()
+        found = getattr(optimizer, "found_inf", None)
+        _lend(optimizer, "found_inf", bad if found is None else torch.maximum(bad, found))
+        _note_fresh_momentum(optimizer, grads)
+
+
+def _describe(optimizer: Optimizer, param: Tensor) -> str:
+    for g, group in enumerate(optimizer.param_groups):
+        for i, other in enumerate(group["params"]):
+            if other is param:
+                name = f" {group['param_names'][i]!r}" if "param_names" in group else ""
+                return f"parameter {i} of group {g}{name}, shape {tuple(param.shape)}"
+    raise ValueError("the parameter is not the optimizer's")
+
+
+# What a step borrows is given back after it, also when it raises: `_lent` maps an attribute to (value before,
+# value lent), `_hidden` holds gradients that the step must not see.
+
+
+def _lend(optimizer: Optimizer, name: str, value: Tensor | None) -> None:
+    lent = optimizer.__dict__.setdefault("_lent", {})
+    lent[name] = (getattr(optimizer, name, _ABSENT), value)
+    setattr(optimizer, name, value)
+
+
+_ABSENT = object()
+
+
+def _hide_grads(optimizer: Optimizer, grads: Grads) -> None:
+    """Make the step an exact skip: an optimizer passes over parameters without a gradient."""
+    optimizer._hidden = [(param, param.grad) for param in grads.params]
+    for param in grads.params:
+        param.grad = None
+
+
+def _note_fresh_momentum(optimizer: Optimizer, grads: Grads) -> None:
+    """Fused SGD leaves a momentum buffer uninitialised when its first step is skipped on the device."""
+    if optimizer.param_groups[0].get("momentum"):
+        fresh = [p for p in grads.params if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+        optimizer._fresh_momentum = (fresh, optimizer.found_inf)
+
+
+def _restore(optimizer: Optimizer) -> None:
+    for name, (before, lent) in optimizer.__dict__.pop("_lent", {}).items():
+        # Whoever set something else meanwhile, a GradScaler say, wants that.
+        if optimizer.__dict__.get(name, _ABSENT) is not lent:
+            continue
+        if before is _ABSENT:
+            delattr(optimizer, name)
+        else:
+            setattr(optimizer, name, before)
+    for param, grad in optimizer.__dict__.pop("_hidden", ()):
+        if param.grad is None:
+            param.grad = grad
+    fresh, found = optimizer.__dict__.pop("_fresh_momentum", ((), None))
+    for param in fresh:
+        if (buffer := optimizer.state[param].get("momentum_buffer")) is not None:
+            buffer.masked_fill_(found.bool(), 0.0)
