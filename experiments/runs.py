@@ -1,0 +1,364 @@
+"""Where a run lies on disk: identity, status, lock, whole files. No other module names a result file.
+
+A run folder is written by one process, in this order, while it holds the lock::
+
+    with run.lock():
+        run.start(config)            # or run.resume(step)
+        run.append([record, ...])    # as often as wanted
+        run.finish("ok", summary)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from operator import methodcaller
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+STATUSES = ("running", "ok", "diverged", "oom", "error", "killed", "timeout")
+FINISHED = ("ok", "diverged")
+
+# Top-level config keys that never change a number: where things lie, how often one looks, who runs it, and
+# what the path already says (seed, names). `device` and `nproc` count through `device_type` and `world_size`.
+NOT_IDENTITY = frozenset(
+    (
+        *("data_dir", "results_dir", "log_every", "logger", "quiet", "keep"),
+        *("force", "nproc", "device", "threads", "max_seconds", "hydra"),
+        *("seed", "experiment", "names"),
+    )
+)
+
+
+class RunLocked(UserError):
+    """Another process works on this run."""
+
+
+def digest(config: dict[str, Any]) -> str:
+    """Name what changes the numbers of a run, its seed apart: 12 hex digits.
+
+    Args:
+        config: the resolved config, with `device_type`, `world_size` and `fingerprint` added and local paths
+            replaced by fingerprints. Key order does not matter, and 1 is 1.0.
+    """
+    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    if "clipping" in identity:
+        identity["clipping"] = _without(identity["clipping"], "seed")  # derived from the run's seed
+    identity = {"config": _without(identity, "data_dir"), "schema": SCHEMA_VERSION}
+    text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without(node: Any, dropped: str) -> Any:
+    if isinstance(node, dict):
+        return {key: _without(value, dropped) for key, value in node.items() if key != dropped}
+    return [_without(value, dropped) for value in node] if isinstance(node, list | tuple) else node
+
+
+def _canonical(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(key): _canonical(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_canonical(value) for value in node]
+    return int(node) if isinstance(node, float) and node.is_integer() else node
+
+
+def fingerprint(files: Iterable[Path]) -> str | None:
+    """Digest names, sizes and contents of files, wherever their common folder lies; None for no files.
+
+    Note:
+        Reads every byte: some 1 GB/s from a warm cache, so the runner asks once per launch.
+    """
+    # Not resolved: a hub cache links readable names to blobs, and the names are what the data is read by.
+    paths = {Path(os.path.abspath(file)) for file in files}
+    if not paths:
+        return None
+    root = os.path.commonpath([path.parent for path in paths])
+    total = hashlib.sha256()
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(json.dumps([name, path.stat().st_size, content]).encode())
+    return total.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path` complete, on success only; until then the old one stays."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+_held_locks: set[int] = set()
+
+
+def _close_inherited_locks() -> None:
+    # A forked data loader worker that outlives a killed run would otherwise keep that run "running".
+    for handle in _held_locks:
+        os.close(handle)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+class Run:
+    """One run folder: `config.yaml status.json metrics.* summary.json checkpoints/ curves.png`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.curves_path = self.path / "curves.png"
+        self.checkpoints_dir = self.path / "checkpoints"
+        self._config_path = self.path / "config.yaml"
+        self._status_path = self.path / "status.json"
+        self._lines_path = self.path / "metrics.jsonl"
+        self._table_path = self.path / "metrics.parquet"
+        self._summary_path = self.path / "summary.json"
+        self._lock_path = self.path / ".lock"
+
+    @classmethod
+    def locate(
+        cls,
+        results_dir: str | Path,
+        *,
+        experiment: str,
+        task: str,
+        preset: str,
+        optimizer: str,
+        clipping: str,
+        digest: str,
+        seed: int,
+    ) -> Run:
+        """Say where the run with this identity lies; nothing is created."""
+        parts = [experiment, f"{task}-{preset}", f"{optimizer}-{clipping}", digest, f"seed={seed}"]
+        for part in parts:
+            if not re.fullmatch(r"[\w=+][\w.=+-]*", part):
+                raise UserError(f"A name in a run's path must be letters, digits and _.=+-, got {part!r}.")
+        return cls(Path(results_dir, "runs", *parts))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the path says: `experiment task preset optimizer clipping digest seed`."""
+        experiment, task, optimizer, digest, seed = ("", "", "", "", "", *self.path.absolute().parts)[-5:]
+        names = {"experiment": experiment, "digest": digest, "seed": seed.removeprefix("seed=")}
+        names["task"], _, names["preset"] = task.rpartition("-")
+        names["optimizer"], _, names["clipping"] = optimizer.partition("-")
+        return names
+
+    @property
+    def status(self) -> dict[str, Any] | None:
+        """`{"status": one of STATUSES, "started", "pid", "host", "message", ...}`; None if never started."""
+        status = _read_json(self._status_path)
+        if status is None or status["status"] != "running" or self._is_locked():
+            return status
+        # Nobody holds the lock now, but the run may have finished since its status was read.
+        status = _read_json(self._status_path)
+        return {**status, "status": "killed"} if status and status["status"] == "running" else status
+
+    def _is_locked(self) -> bool:
+        try:
+            handle = os.open(self._lock_path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run alone, creating its folder; raises `RunLocked` if somebody else has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._acquire(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        _held_locks.add(handle)
+        try:
+            yield
+        finally:
+            if handle in _held_locks:  # not so in a forked child, which has closed its copy
+                _held_locks.remove(handle)
+                os.close(handle)
+
+    def _acquire(self, handle: int) -> None:
+        # Readers of `status` hold a shared lock for microseconds: try again before calling it taken.
+        for attempt in range(5):
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01 * attempt)
+        owner = _read_json(self._status_path) or {}
+        who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
+        raise RunLocked(f"{self.path} is being run by {who}. Wait for it, or stop it first.")
+
+    def start(self, config: dict[str, Any], **facts: Any) -> None:
+        """Begin from nothing: whatever an earlier attempt left here is removed.
+
+        Args:
+            config: the resolved config, plain containers and numbers.
+            facts: kept in the status beside pid and host, such as code version and threads.
+        """
+        import yaml
+
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The status goes first: without one the folder is no run, so a crash below leaves nothing half true.
+        outputs = (
+            self._status_path,
+            self._summary_path,
+            self._lines_path,
+            self._table_path,
+            self.curves_path,
+        )
+        for leftover in (*outputs, *self.path.glob(".*.tmp")):
+            leftover.unlink(missing_ok=True)
+        if self.checkpoints_dir.exists():
+            shutil.rmtree(self.checkpoints_dir)
+        with write_whole(self._config_path) as file:
+            file.write(text.encode())
+        self._write_running({"started": _now(), **facts})
+
+    def resume(self, step: int, **facts: Any) -> None:
+        """Go on from the checkpoint of `step`: records up to and including it are kept, others dropped."""
+        records = self.records()
+        kept = records[records["step"] <= step] if len(records) else records
+        previous = _read_json(self._status_path) or {}
+        self._write_running({"started": previous.get("started", _now()), "resumed": _now(), **facts})
+        with write_whole(self._lines_path) as file:
+            file.write(_to_lines(kept.to_dict("records")))
+        for leftover in (self._table_path, self._summary_path, self.curves_path):
+            leftover.unlink(missing_ok=True)
+
+    def _write_running(self, facts: dict[str, Any]) -> None:
+        _write_json(
+            self._status_path,
+            {"status": "running", "pid": os.getpid(), "host": socket.gethostname(), **facts},
+        )
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Add records (`step`, then metrics by name; absent is missing) so that SIGKILL cannot lose them."""
+        with self._lines_path.open("ab") as file:
+            file.write(_to_lines(records))
+
+    def finish(self, status: str, summary: dict[str, Any], message: str | None = None) -> None:
+        """Close the run: metrics to one table, then the summary, then the status, which makes it true."""
+        if status not in STATUSES or status == "running":
+            raise ValueError(f"status must be one of {', '.join(STATUSES[1:])}, got {status!r}")
+        if self._lines_path.exists():
+            table = self.records()
+            with write_whole(self._table_path) as file:
+                table.to_parquet(file, index=False)
+            self._lines_path.unlink()
+        _write_json(self._summary_path, summary)
+        started = _read_json(self._status_path) or {}
+        _write_json(self._status_path, {**started, "status": status, "message": message, "finished": _now()})
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved config the run was started with; empty if never started."""
+        import yaml
+
+        return yaml.safe_load(self._config_path.read_bytes()) if self._config_path.exists() else {}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `finish` was given; empty before that."""
+        return _read_json(self._summary_path) or {}
+
+    def records(self) -> pd.DataFrame:
+        """Return all records, one row each, missing values NaN; of a live run those written so far."""
+        import pandas as pd
+
+        # The table wins: where both are there, a finishing run died before it could remove the lines.
+        lines = [] if self._table_path.exists() else self._whole_lines()
+        if self._table_path.exists():  # asked again, since a live run may have finished in between
+            return pd.read_parquet(self._table_path)
+        return pd.DataFrame([json.loads(line) for line in lines])
+
+    def last_step(self) -> int | None:
+        """Return the step that the run reached, reading no more than needed; None if it made no record."""
+        if "steps" in (summary := self.summary()):
+            return summary["steps"]
+        if lines := self._whole_lines():
+            return json.loads(lines[-1])["step"]
+        records = self.records()
+        return int(records["step"].max()) if len(records) else None
+
+    def _whole_lines(self) -> list[bytes]:
+        try:
+            content = self._lines_path.read_bytes()
+        except FileNotFoundError:
+            return []
+        return content.split(b"\n")[:-1]  # what follows the last newline was cut off by a kill
+
+
+def find_runs(root: str | Path) -> list[Run]:
+    """Return the runs at and below a folder, by path, seeds in numerical order."""
+    runs = []
+    for folder, below, files in os.walk(root):
+        if "status.json" in files:
+            runs.append(Run(folder))
+            below.clear()
+    return sorted(runs, key=_by_path_then_seed)
+
+
+def _by_path_then_seed(run: Run) -> tuple[tuple[str, ...], list[str | int]]:
+    # Splitting at digits alternates text and numbers, so that seed=10 comes after seed=9.
+    *parents, name = run.path.parts
+    return tuple(parents), [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, default=methodcaller("item")) + "\n"
+    with write_whole(path) as file:
+        file.write(text.encode())
+
+
+def _to_lines(records: Iterable[dict[str, Any]]) -> bytes:
+    # Python's JSON writes NaN and Infinity and reads them back; scalars of NumPy and torch become numbers.
+    return "".join(json.dumps(record, default=methodcaller("item")) + "\n" for record in records).encode()

@@ -1,0 +1,80 @@
+"""The listing of runs."""
+
+import pytest
+
+from experiments.analysis.tables import format_table, runs_table
+from experiments.runs import Run, find_runs
+
+
+@pytest.fixture
+def results(tmp_path):
+    """One finished, one killed and one running run; yields the results folder."""
+
+    def locate(clipping: str, seed: int) -> Run:
+        names = dict(experiment="paper", task="cola", preset="mini", optimizer="adamw", digest="0123456789ab")
+        return Run.locate(tmp_path, **names, clipping=clipping, seed=seed)
+
+    finished = locate("auto_clip", 9)
+    finished.start({})
+    finished.finish("ok", {"metric": "mcc", "best": {"step": 600, "value": 0.51234}, "steps": 1200})
+    killed = locate("auto_clip", 10)
+    killed.start({})
+    killed.append([{"step": 1}, {"step": 2}])
+    running = locate("no_clip", 0)
+    with running.lock():
+        running.start({})
+        yield tmp_path
+
+
+def test_rows_say_what_a_run_is_and_how_far_it_came(results):
+    finished, killed, running = runs_table(find_runs(results))
+    assert finished == {
+        "experiment": "paper",
+        "task": "cola-mini",
+        "optimizer": "adamw",
+        "clipping": "auto_clip",
+        "seed": 9,
+        "status": "ok",
+        "step": 1200,
+        "metric": "mcc",
+        "best": 0.51234,
+        "digest": "0123456789ab",
+        "path": str(results / "runs/paper/cola-mini/adamw-auto_clip/0123456789ab/seed=9"),
+    }
+    assert (killed["seed"], killed["status"], killed["step"], killed["best"]) == (10, "killed", 2, None)
+    assert (running["clipping"], running["status"], running["step"]) == ("no_clip", "running", None)
+
+
+def test_text_has_one_aligned_line_per_run(results):
+    rows = runs_table(find_runs(results))
+    header, *lines = format_table(rows).splitlines()
+    assert len(lines) == len(rows)
+    assert header.split() == list(rows[0])
+    for key in ("clipping", "status", "metric", "path"):  # text begins where its header begins
+        start = header.index(key)
+        for line, row in zip(lines, rows, strict=True):
+            assert line[start:].startswith(row[key] or "-")
+    for key, texts in {
+        "seed": ["9", "10", "0"],
+        "step": ["1200", "2", "-"],
+        "best": ["0.5123", "-", "-"],
+    }.items():
+        end = header.index(key) + len(key)  # numbers end where their header ends
+        assert [line[:end].split()[-1] for line in lines] == texts
+        assert all(line[end] == " " for line in lines)
+
+
+def test_a_diverged_best_is_printed():
+    assert format_table([{"best": float("nan")}, {"best": -2.0}]).split() == ["best", "nan", "-2"]
+
+
+def test_summary_without_a_best_evaluation(tmp_path):
+    run = Run(tmp_path / "a/b-c/d-e/f/seed=x")
+    run.start({})
+    run.finish("error", {"best": None})
+    (row,) = runs_table([run])
+    assert (row["best"], row["step"], row["seed"]) == (None, None, "x")
+
+
+def test_no_runs():
+    assert format_table(runs_table([])) == "no runs"
