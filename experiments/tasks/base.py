@@ -36,7 +36,7 @@ class Task(ABC):
     """Side of the confusion matrix that the metrics are functions of."""
 
     def input_files(self) -> list[Path]:
-        """Local files that change the numbers: data and weights. They are fingerprinted into the run's identity."""
+        """Local files that change the numbers, data and weights: fingerprinted into the run's identity."""
         return []
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Task(ABC):
 
     @abstractmethod
     def train_loader(self, seed: int) -> DataLoader:
-        """Batches of one epoch. Its ``batch_sampler`` is an ``EpochSampler``: order comes from (seed, epoch)."""
+        """Batches of one epoch, with an ``EpochSampler`` as ``batch_sampler``."""
 
     @abstractmethod
     def eval_loader(self) -> DataLoader:
@@ -61,7 +61,7 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, confusion: Tensor) -> dict[str, float]:
-        """Metric names and values of a confusion matrix, shape (num_classes, num_classes), rows are targets."""
+        """Metric names and values of a confusion matrix, (num_classes, num_classes), rows are targets."""
 
 
 class EpochSampler(Sampler[list[int]]):
