@@ -57,8 +57,8 @@ def digest(config: dict[str, Any]) -> str:
             replaced by fingerprints. Key order does not matter, and 1 is 1.0.
     """
     identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    if "clipping" in identity:
-        identity["clipping"] = _without(identity["clipping"], "seed")  # derived from the run's seed
+    if "seed" in config and identity.get("clipping", {}).get("seed") == config["seed"]:
+        identity["clipping"] = _without(identity["clipping"], "seed")  # follows the run's seed
     identity = {"config": _without(identity, "data_dir"), "schema": SCHEMA_VERSION}
     text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

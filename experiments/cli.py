@@ -1,0 +1,223 @@
+"""``clipbench <command>``. Imports nothing heavy before it knows what is asked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from experiments.errors import UserError, nearest
+
+HELP = """\
+clipbench: train with clipped optimizers, and see what clipping did.
+
+  clipbench run task=cola clipping=auto_clip          one run, into results/runs/
+  clipbench run -m clipping=norm,auto_clip seed=0,1   a sweep: every combination
+  clipbench list clipping                             what there is to choose: task, optimizer, clipping
+  clipbench list runs                                 runs so far, with status and best metric
+  clipbench run --help                                more of run
+"""
+
+RUN_HELP = """\
+clipbench run [-m] [KEY=VALUE ...]: train one run, or with -m every combination of comma-separated values.
+
+  clipbench run task=cola clipping=auto_clip
+  clipbench run clipping=norm clipping.threshold=0.5 optimizer=sgd optimizer.lr=0.1 seed=3
+  clipbench run max_steps=50 eval_every=25 device=cpu quiet=true
+  clipbench run -m clipping=norm,auto_clip,no_clip seed=0,1
+  clipbench run clipping=auto_clip --cfg job        show the config, run nothing
+
+groups   task optimizer clipping scheduler preset (clipbench list GROUP shows the options)
+keys     seed max_steps eval_every log_every data_dir results_dir device force quiet
+into     any setting of a chosen option: optimizer.lr=0.1 clipping.percentile=0.25 task.batch_size=16
+
+The run's folder is printed at the end: config.yaml, metrics.parquet, summary.json, curves.png.
+A finished run is not run again; force=true does.
+"""
+
+LIST_HELP = """\
+clipbench list task|optimizer|clipping|scheduler|experiment   the options, one line each
+clipbench list runs [--results-dir DIR]                       runs with status and best metric
+"""
+
+GROUPS = ("task", "optimizer", "clipping", "scheduler", "experiment")
+
+
+def main() -> None:
+    """Entry point of the ``clipbench`` command."""
+    sys.exit(_dispatch(sys.argv[1:]))
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands = {"run": _run, "list": _list}
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if argv else 2
+    try:
+        if argv[0] not in commands:
+            raise UserError(
+                f"there is no command {argv[0]!r}; choose one of {', '.join(commands)}."
+                f"{nearest(argv[0], commands)}"
+            )
+        return commands[argv[0]](argv[1:])
+    except UserError as error:
+        return _complain(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("experiments", "torch_clip"):
+            raise
+        print(
+            f"clipbench needs {error.name}, which its extra brings: pip install '.[bench]' in the clone",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _complain(error: UserError) -> int:
+    print(f"clipbench: {error}", file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(RUN_HELP, end="")
+        return 0
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from experiments.training.presets import conf_dir
+
+    argv, presets = _choose_preset(argv)
+    OmegaConf.register_new_resolver("default_preset", lambda task: presets.name(task)[0], replace=True)
+    OmegaConf.register_new_resolver("preset_default", presets.value, replace=True)
+    codes = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            codes.append(_one_run(cfg, dict(HydraConfig.get().runtime.choices), presets))
+        except UserError as error:
+            codes.append(_complain(error))
+
+    # Hydra's own reporting ends with a hint at a traceback; ours names choices instead.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["clipbench run", *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise presets.complaint or _explain(error, conf_dir()) from None
+    return max(codes, default=0)
+
+
+def _choose_preset(argv: list[str]):
+    """Turn ``preset=NAME`` into the option that Hydra looks for, and remember it for the launch."""
+    from experiments.training.presets import Presets
+
+    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    flags = [arg for arg in argv if arg not in overrides]
+    values = dict(arg.split("=", 1) for arg in overrides)
+    chosen = values.get("preset")
+    if chosen is not None and "," in chosen:
+        raise UserError(f"one preset a launch, got preset={chosen}: presets never share a table")
+    overrides = ["preset=${task}/" + chosen if arg.startswith("preset=") else arg for arg in overrides]
+    # Hydra's parser takes overrides in one piece only, not on both sides of a flag.
+    return flags + overrides, Presets(chosen, values.get("data_dir"))
+
+
+def _one_run(cfg, choices: dict[str, str], presets) -> int:
+    from experiments.analysis.draw import draw_curves
+    from experiments.training.run import run
+
+    task = choices["task"]
+    if not cfg.quiet:
+        name, why = Path(choices["preset"]).name, presets.name(task)[1]
+        print(f"task={task} preset={name}: {why}", flush=True)
+    outcome = run(cfg, choices)
+    if outcome.fresh:
+        draw_curves(outcome.run)
+    state = outcome.status if outcome.fresh else f"already {outcome.status}"
+    print(f"{state}: {outcome.message}\n{outcome.run.path}", flush=True)
+    return 0 if outcome.status in ("ok", "diverged") else 1
+
+
+def _explain(error: Exception, conf: Path) -> UserError:
+    """Hydra's message in one, with the nearest name."""
+    import re
+
+    text = str(error).strip()
+    if missing := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
+        group, option = missing.groups()
+        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        kind = group.replace("/", " ")
+        return UserError(
+            f"there is no {kind} {option!r}; choose one of {', '.join(options)}.{nearest(option, options)}"
+        )
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return UserError(_unknown_key(unknown.group(1).split("@")[0], conf))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    override = getattr(error, "override", None)  # what Hydra could not parse
+    return UserError(" ".join(([f"{override}:"] if override else []) + lines[:3]))
+
+
+def _unknown_key(key: str, conf: Path) -> str:
+    import yaml
+
+    top = yaml.safe_load((conf / "run.yaml").read_text())
+    groups = [next(iter(entry)) for entry in top["defaults"] if isinstance(entry, dict)]
+    groups = [group for group in groups if not group.startswith("override")]
+    node, _, leaf = key.rpartition(".")
+    if not node:
+        choices = [*groups, *(name for name in top if name not in ("defaults", "hydra"))]
+        return f"there is no key {key!r}; choose one of {', '.join(choices)}.{nearest(key, choices)}"
+    settings = {
+        name
+        for path in (conf / node).glob("*.yaml")
+        for name in yaml.safe_load(path.read_text()) or {}
+        if not name.startswith("_")
+    }
+    return (
+        f"the chosen {node} has no setting {leaf!r}; 'clipbench run --cfg job' shows those it has."
+        f"{nearest(leaf, settings)}"
+    )
+
+
+def _list(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(LIST_HELP, end="")
+        return 0 if argv else 2
+    what, options = argv[0], argv[1:]
+    if what == "runs":
+        return _list_runs(options)
+    if what not in GROUPS:
+        choices = (*GROUPS, "runs")
+        raise UserError(f"cannot list {what!r}; choose one of {', '.join(choices)}.{nearest(what, choices)}")
+    from experiments.training.presets import conf_dir
+
+    paths = sorted((conf_dir() / what).glob("*.yaml"))
+    width = max((len(path.stem) for path in paths), default=0)
+    for path in paths:
+        comments = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+        told = [line for line in comments if not line.startswith("# @")]
+        print(f"{path.stem:<{width}}  {told[0][2:] if told else ''}")
+    return 0
+
+
+def _list_runs(options: list[str]) -> int:
+    import argparse
+
+    from experiments.analysis.tables import format_table, runs_table
+    from experiments.runs import find_runs
+
+    parser = argparse.ArgumentParser(prog="clipbench list runs")
+    parser.add_argument("--results-dir", default="results", help="where runs/ lies (default: results)")
+    root = Path(parser.parse_args(options).results_dir) / "runs"
+    found = find_runs(root)
+    if not found:
+        print(f"no runs in {root}; 'clipbench run' makes one, --results-dir looks elsewhere")
+        return 0
+    print(format_table(runs_table(found)))
+    return 0

@@ -1,0 +1,238 @@
+"""What a user types, word for word, and what comes back."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+
+from experiments import cli
+from experiments.runs import find_runs
+from experiments.training.presets import conf_dir
+from torch_clip import CLIPPINGS
+
+SHORT = ["max_steps=4", "eval_every=2", "log_every=3", "task.num_train=300", "task.num_val=60", "quiet=true"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def clipbench(*argv: str) -> int:
+    try:
+        return cli._dispatch(list(argv))
+    except SystemExit as stop:  # argparse's way out
+        return stop.code
+
+
+def records(run) -> pd.DataFrame:
+    return run.records()
+
+
+def the_run(root="results"):
+    (run,) = find_runs(root)
+    return run
+
+
+def test_help_imports_neither_torch_nor_hydra():
+    code = (
+        "import sys; sys.argv = ['clipbench', '--help']; from experiments import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "print(sorted({'torch', 'hydra', 'numpy', 'omegaconf', 'transformers'} & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == "[]"
+    assert "clipbench run task=cola clipping=auto_clip" in told
+
+
+def test_without_the_extra_one_line_says_what_to_install():
+    code = (
+        "import sys; sys.modules['hydra'] = None; sys.argv = ['clipbench', 'run']\n"
+        "from experiments import cli; cli.main()"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert told.stderr.count("\n") == 1
+    assert "pip install '.[bench]'" in told.stderr
+
+
+def test_examples_in_the_help_work_when_pasted(capsys):
+    examples = [
+        shlex.split(line.strip().split("   ")[0])[1:]
+        for text in (cli.HELP, cli.RUN_HELP)
+        for line in text.splitlines()
+        if line.startswith("  clipbench") and "--help" not in line
+    ]
+    assert len(examples) >= 8
+    for argv in examples:
+        short = [setting for setting in SHORT if setting.split("=")[0] not in " ".join(argv)]
+        assert clipbench(*argv, *(short if argv[0] == "run" else [])) == 0, argv
+    assert "auto_clip" in capsys.readouterr().out
+
+
+def test_a_run_leaves_the_folder_that_the_readme_shows(capsys):
+    assert clipbench("run", "task=cola", "clipping=auto_clip", *SHORT) == 0
+    run = the_run()
+    assert capsys.readouterr().out.splitlines()[-1] == str(run.path)
+    assert {path.name for path in run.path.iterdir() if not path.name.startswith(".")} == {
+        "config.yaml",
+        "status.json",
+        "metrics.parquet",
+        "summary.json",
+        "curves.png",
+    }
+    assert run.path.parts[-6:-2] == ("runs", "adhoc", "cola-mini", "adamw-auto_clip")
+    table = records(run)
+    steps = table[table["lr"].notna()]
+    assert steps["step"].tolist() == [1, 2, 3, 4]
+    assert table[table["val/mcc"].notna()]["step"].tolist() == [2, 4]
+    for column in ("train/loss", "grad_norm", "threshold", "clip_coef", "clipped"):
+        assert steps[column].notna().all(), column
+    # The first norm is its own percentile; later thresholds are numpy's.
+    for k in range(4):
+        expected = steps["grad_norm"].iloc[: k + 1].quantile(0.75)
+        assert steps["threshold"].iloc[k] == pytest.approx(expected, rel=1e-12)
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["clip_fraction"] == pytest.approx(steps["clipped"].mean())
+    assert sum(summary["time"].values()) == pytest.approx(summary["seconds"])
+    assert set(summary["time"]) == {"data", "forward", "backward", "clip+step"}
+    assert summary["threads"] > 0
+    assert summary["peak_memory_bytes"] > 1e8
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config["clipping"]["percentile"] == 0.75
+    assert config["optimizer"]["lr"] == 0.002
+
+
+def test_the_same_command_twice_gives_the_same_numbers_and_a_finished_run_is_not_run_again(capsys):
+    argv = ["run", "clipping=linear_rand_norm", "clipping.threshold=0.5", *SHORT]
+    for place in ("a", "b"):
+        assert clipbench(*argv, f"results_dir={place}") == 0
+    first, second = the_run("a"), the_run("b")
+    pd.testing.assert_frame_equal(records(first), records(second), check_exact=True)
+
+    before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
+    capsys.readouterr()
+    assert clipbench(*argv, "results_dir=a") == 0
+    told = capsys.readouterr().out
+    assert "already ok" in told
+    assert str(first.path) in told
+    assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == before
+    assert clipbench(*argv, "results_dir=a", "force=true") == 0
+    assert (first.path / "summary.json").stat().st_mtime_ns != before[first.path / "summary.json"]
+    pd.testing.assert_frame_equal(records(the_run("a")), records(second), check_exact=True)
+
+
+def test_choosing_a_method_shifts_neither_data_order_nor_dropout():
+    dropout = ["preset.model.config.hidden_dropout_prob=0.3", "optimizer=sgd"]
+    for name in CLIPPINGS:
+        never = {"threshold": "inf", "percentile": "1.0"}
+        settings = yaml.safe_load((conf_dir() / "clipping" / f"{name}.yaml").read_text())
+        tame = [f"clipping.{key}={value}" for key, value in never.items() if key in settings]
+        assert clipbench("run", f"clipping={name}", *tame, *dropout, *SHORT) == 0
+    losses = [records(run)["train/loss"].dropna().tolist() for run in find_runs("results")]
+    assert len(losses) == len(CLIPPINGS)
+    assert all(loss == losses[0] for loss in losses)
+
+
+def test_a_diverging_run_ends_as_diverged_with_its_curve(capsys):
+    # Bounded logits never overflow, so the weights are sent to infinity directly.
+    argv = ["run", "clipping=no_clip", "optimizer=sgd", "optimizer.lr=1e38", "max_steps=60", *SHORT[1:]]
+    assert clipbench(*argv) == 0
+    run = the_run()
+    assert run.status["status"] == "diverged"
+    assert run.curves_path.exists()
+    assert "diverged" in capsys.readouterr().out
+    assert records(run)["step"].max() < 60
+
+
+def test_a_sweep_runs_every_combination_and_a_bad_one_stops_no_other(capsys):
+    argv = ["run", "-m", "clipping=norm,auto_clip", "seed=0,1,-1", *SHORT]
+    assert clipbench(*argv) == 2
+    assert len(find_runs("results/runs")) == 4
+    assert capsys.readouterr().err.count("seed must be a whole number from 0, got -1") == 2
+
+
+BAD_INPUT = {
+    "task=colla": "there is no task 'colla'; choose one of cola. Did you mean 'cola'?",
+    "clipping=autoclip": "Did you mean 'auto_clip'?",
+    "optimizer=sdg": "Did you mean 'sgd'?",
+    "preset=papre": "it has mini, paper, reference. Did you mean 'paper'?",
+    "cliping=norm": "there is no key 'cliping'; choose one of task,",
+    "optimizer.lrr=0.1": "the chosen optimizer has no setting 'lrr'",
+    "clipping.percentil=0.5": "Did you mean 'percentile'?",
+    "clipping.percentile=75": "percentile must be in (0, 1], got 75; for the 75th percentile give 0.75",
+    "optimizer.lr=-1": "Invalid learning rate: -1",
+    "+optimizer.lamda=3": "unexpected keyword argument 'lamda'",
+    "max_steps=0": "max_steps must be a whole number from 1, got 0",
+    "max_steps=many": "max_steps must be a whole number from 1, got 'many'",
+    "seed=1.5": "seed must be a whole number from 0, got 1.5",
+    "device=cuda:7": "device=cuda:7: there are",
+    "device=gpu": "device must be auto, cpu, cuda or cuda:N, got 'gpu'",
+    "data_dir=nowhere": "nowhere",
+    "task.model.name_or_path=./nowhere": "nowhere",
+    "task.model.name_or_path=.": "config.json",
+    "clipping.nonfinite=ignore": "nonfinite must be one of skip, propagate, error",
+    "optimizer.lr=": "optimizer",
+    "optimizer.lr=[": "optimizer.lr=[",
+}
+
+
+@pytest.mark.parametrize("setting", BAD_INPUT)
+def test_bad_input_gets_one_message_and_leaves_nothing_behind(setting, tmp_path, capsys):
+    clipping = [] if setting.startswith("clipping=") else ["clipping=auto_clip"]
+    short = [word for word in SHORT if word.split("=")[0] != setting.split("=")[0]]
+    assert clipbench("run", *clipping, *short, setting) == 2
+    told = capsys.readouterr()
+    assert BAD_INPUT[setting] in told.err
+    assert told.err.startswith("clipbench: ")
+    assert "Traceback" not in told.err
+    assert told.err.count("\n") <= 2
+    assert told.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_commands_and_lists_name_the_nearest(capsys):
+    assert clipbench("rum") == 2
+    assert "Did you mean 'run'?" in capsys.readouterr().err
+    assert clipbench("list", "clippings") == 2
+    assert "Did you mean 'clipping'?" in capsys.readouterr().err
+
+
+def test_list_shows_every_option_with_a_line_each(capsys):
+    assert clipbench("list", "clipping") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == set(CLIPPINGS)
+    assert all(len(line.split()) > 2 for line in lines)
+    for group in ("task", "optimizer", "scheduler", "experiment"):
+        assert clipbench("list", group) == 0
+        for line in capsys.readouterr().out.splitlines():
+            assert len(line.split()) > 2, line
+
+
+def test_list_runs_shows_status_and_best_metric(capsys):
+    assert clipbench("list", "runs") == 0
+    assert "no runs in" in capsys.readouterr().out
+    clipbench("run", *SHORT)
+    capsys.readouterr()
+    assert clipbench("list", "runs") == 0
+    told = capsys.readouterr().out
+    assert " ok " in told
+    row = told.splitlines()[1].split()
+    assert float(row[8]) == pytest.approx(the_run().summary()["best"]["value"], abs=1e-4)
+
+
+def test_yaml_and_list_of_methods_agree():
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (conf_dir() / "clipping").glob("*.yaml")}
+    assert set(files) == set(CLIPPINGS)
+    for name, node in files.items():
+        assert node["_target_"] == f"torch_clip.methods.{CLIPPINGS[name].__name__}"
+        settings = {key: value for key, value in node.items() if key not in ("_target_", "seed")}
+        built = CLIPPINGS[name](**settings)
+        assert repr(built) == repr(CLIPPINGS[name]())  # the YAML repeats the defaults of the class

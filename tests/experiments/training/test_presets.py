@@ -1,0 +1,66 @@
+"""Which preset a launch takes, and why it says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments.errors import UserError
+from experiments.tasks import cola
+from experiments.training.presets import Presets, conf_dir
+
+
+@pytest.mark.parametrize(
+    ("cuda", "missing", "chosen", "name", "why"),
+    [
+        (False, None, None, "mini", "no CUDA device; preset=paper"),
+        (True, None, None, "paper", "data is at hand; preset=mini"),
+        (True, "CoLA: not in the cache", None, "mini", "preset=paper lacks CoLA: not in the cache"),
+        (False, None, "reference", "reference", "as asked"),
+    ],
+)
+def test_default_is_paper_where_it_can_run(monkeypatch, cuda, missing, chosen, name, why):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(cola, "missing_for_paper", lambda data_dir: asked.append(data_dir) or missing)
+    presets = Presets(chosen, "some/folder")
+    for _ in range(2):
+        found, told = presets.name("cola")
+    assert found == name
+    assert why in told
+    assert asked == (["some/folder"] if cuda else [])  # tried once a launch
+
+
+def test_preset_gives_the_defaults_of_its_groups():
+    assert Presets("paper", None).value("optimizer", "cola") == "adam"
+    assert Presets("reference", None).value("scheduler", "cola") == "linear"
+    presets = Presets("papre", None)
+    with pytest.raises(UserError, match="task cola has no preset 'papre'; it has mini, paper, reference"):
+        presets.value("optimizer", "cola")
+    assert presets.complaint is not None
+
+
+def test_without_network_or_cache_the_message_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(cola, "reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
+    told = cola.missing_for_paper(None)
+    assert "bert-base-uncased (give task.model.name_or_path)" in told
+    assert "CoLA (give data_dir)" in told
+    assert "CoLA" not in cola.missing_for_paper("somewhere").replace("model", "")
+    monkeypatch.setattr(cola, "reachable", lambda: True)
+    assert cola.missing_for_paper(None) is None
+
+
+def test_every_task_has_presets_that_give_what_the_options_refer_to():
+    import yaml
+
+    keys = {"model", "max_steps", "eval_every", "batch_size", "warmup_steps", "scheduler", "optimizer", "lr"}
+    for task in (conf_dir() / "task").glob("*.yaml"):
+        presets = list((conf_dir() / "preset" / task.stem).glob("*.yaml"))
+        assert presets
+        for preset in presets:
+            values = yaml.safe_load(preset.read_text())
+            assert keys <= set(values), preset
+            assert {path.stem for path in (conf_dir() / "optimizer").glob("*.yaml")} == set(values["lr"]), (
+                preset
+            )
