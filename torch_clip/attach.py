@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from torch_clip.clipping import Clipping
-from torch_clip.norms import Global, Grads, share_of
+from torch_clip.norms import Global, Grads, multiply_, share_of
+from torch_clip.scalars import number
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -76,11 +79,29 @@ def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
     optimizer.__class__ = _clipped_class(type(optimizer))
     optimizer.clipping = clipping
     _register_hooks(optimizer)
+    if "step" in optimizer.__dict__:  # the wrapper of a scheduler, which goes past the class
+        optimizer.step = _restoring(optimizer.step, weakref.ref(optimizer))
     return optimizer
+
+
+def _restoring(step: Callable[..., Any], owner: weakref.ref[Optimizer]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def restoring_step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        finally:
+            _restore(owner())
+
+    return restoring_step
 
 
 @functools.cache
 def _clipped_class(base: type[Optimizer]) -> type[Optimizer]:
+    if not getattr(base.step, "hooked", False):
+        # torch does this when the first optimizer of the class is made; unpickling makes none.
+        base.step = Optimizer.profile_hook_step(base.step)
+        base.step.hooked = True
+
     # One base and no slots: a mixin would change the object layout, which __class__ assignment refuses.
     class Clipped(base):  # type: ignore[valid-type, misc]
         _step_can_fuse = inspect.unwrap(base.step) in _FUSED_STEPS
@@ -156,6 +177,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
 
     @functools.wraps(closure)
     def clipped_closure(*closure_args: Any, **closure_kwargs: Any) -> Any:
+        _restore(optimizer)  # LBFGS comes here more than once
         loss = closure(*closure_args, **closure_kwargs)
         _clip(optimizer)
         return loss
@@ -174,15 +196,14 @@ def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> No
 def _clip(optimizer: Optimizer) -> None:
     """Clip the gradients, or leave the work to the update kernel."""
     clipping = optimizer.clipping
-    _restore(optimizer)  # of an evaluation of the closure before this one
     grads = Grads(param for group in optimizer.param_groups for param in group["params"])
     amp_scale = getattr(optimizer, "grad_scale", None)
     if amp_scale is not None and not isinstance(clipping.scope, Global):
         # Set by a GradScaler for the fused kernel; these methods clip in the gradient's own units.
-        torch._foreach_mul_(grads.tensors, amp_scale.reciprocal())
+        multiply_(grads.tensors, amp_scale.reciprocal())
         _lend(optimizer, "grad_scale", None)
         amp_scale = None
-    scale = 1.0 if amp_scale is None else amp_scale.item() if amp_scale.device.type == "cpu" else amp_scale
+    scale = 1.0 if amp_scale is None else number(amp_scale)
     measured = clipping.measure(grads, scale, functools.partial(_describe, optimizer))
 
     skip = clipping.must_skip(measured)
@@ -241,7 +262,7 @@ def _hide_grads(optimizer: Optimizer, grads: Grads) -> None:
 
 def _note_fresh_momentum(optimizer: Optimizer, grads: Grads) -> None:
     """Fused SGD leaves a momentum buffer uninitialised when its first step is skipped on the device."""
-    if optimizer.param_groups[0].get("momentum"):
+    if any(group.get("momentum") for group in optimizer.param_groups):
         fresh = [p for p in grads.params if optimizer.state.get(p, {}).get("momentum_buffer") is None]
         optimizer._fresh_momentum = (fresh, optimizer.found_inf)
 
@@ -261,4 +282,4 @@ def _restore(optimizer: Optimizer) -> None:
     fresh, found = optimizer.__dict__.pop("_fresh_momentum", ((), None))
     for param in fresh:
         if (buffer := optimizer.state[param].get("momentum_buffer")) is not None:
-            buffer.masked_fill_(found.bool(), 0.0)
+            buffer.masked_fill_(found.to(buffer.device, non_blocking=True).bool(), 0.0)

@@ -167,6 +167,7 @@ class Clipping:
             clipped: share of units clipped.
         """
         skip = self.nonfinite == "skip"
+        counts = self._counts
         if isinstance(measured.total, Tensor):
             if skip:
                 coef = torch.where(measured.finite, coef, 1.0)
@@ -174,12 +175,12 @@ class Clipping:
             counts = self._counts_beside(measured.total)
             skipped = ~measured.finite if skip else torch.zeros_like(measured.finite)
             counts += torch.stack((torch.ones_like(skipped), clipped > 0, skipped))
-            counts = counts.clone().unbind()
         else:
-            counts = self._counts
-            counts[0] += 1  # a device's counts too, when a step has no gradients
+            counts[0] += 1  # of a device too, when a step has no gradients
             counts[1] += clipped > 0
             counts[2] += skip and not measured.finite
+        if isinstance(counts, Tensor):
+            counts = counts.clone().unbind()  # what is published must not count on
         self.telemetry = Telemetry(measured.total, coef, measured.threshold, clipped, *counts)
         return self.telemetry
 
@@ -233,4 +234,5 @@ def _nonfinite_message(grads: Grads, norms: Tensor, describe: Callable[[Tensor],
         return "the gradients are finite, but the norm of them all overflows float32"
     named = [describe(grads.params[i]) if describe else f"parameter {i}" for i in culprits[:5]]
     more = f" and {len(culprits) - 5} more" if len(culprits) > 5 else ""
-    return f"the gradient is not finite in {', '.join(named)}{more}; nonfinite='skip' would skip such a step"
+    where = ", ".join(named) + more
+    return f"the gradient norm is not finite in {where}; nonfinite='skip' would skip such a step"

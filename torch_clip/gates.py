@@ -79,7 +79,9 @@ class RandomGate(Gate):
         return self.beta ** (coef**self.power)
 
     def fires(self, coef: Number, step: int | Tensor) -> bool | Tensor:
-        return uniform(self.seed, step) < self.probability(coef)
+        # Held back when the draw is not below; so a NaN fires, and propagates as it would without a gate.
+        held = uniform(self.seed, step) >= self.probability(coef)
+        return ~held if isinstance(held, Tensor) else not held
 
     def __repr__(self) -> str:
         return f"RandomGate(beta={self.beta:g}, power={self.power})"

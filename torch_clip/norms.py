@@ -26,7 +26,7 @@ class Grads:
     Attributes:
         params: the parameters that have a gradient.
         tensors: their gradients; writing to them writes to the parameters' ``.grad``.
-        meshes: of each gradient, the process groups over which it is sharded.
+        meshes: of each sharded gradient, by its index, the process groups over which it is sharded.
     """
 
     __slots__ = ("meshes", "params", "tensors")
@@ -43,7 +43,8 @@ class Grads:
 
     def _plain(self, i: int, grad: Tensor) -> Tensor:
         if hasattr(grad, "to_local"):
-            self.meshes[i] = _sharded_over(grad)
+            if groups := _sharded_over(grad):
+                self.meshes[i] = groups
             grad = grad.to_local()
         if grad.layout is not torch.strided:
             if not grad.is_coalesced():
@@ -61,7 +62,7 @@ def _sharded_over(grad: Tensor) -> tuple:
     return tuple(
         grad.device_mesh.get_group(dim)
         for dim, placement in enumerate(grad.placements)
-        if placement.is_shard()
+        if not placement.is_replicate()  # strided shards, of tensor parallelism, are no `is_shard()`
     )
 
 
@@ -96,21 +97,31 @@ def tensor_norms(grads: Grads) -> Tensor:
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
         dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
         norms = [norm.to(norms[0].device, dtype, non_blocking=True) for norm in norms]
-    _reduce_(norms, grads.meshes)
+    _sum_over_shards_(norms, grads.meshes, squared=True)
     return torch.stack(norms)
 
 
-def _reduce_(norms: list[Tensor], meshes: dict[int, tuple]) -> None:
-    """Replace norms of shards by those of whole gradients: one reduction for each set of process groups."""
+def _sum_over_shards_(values: list[Tensor], meshes: dict[int, tuple], *, squared: bool = False) -> None:
+    """Replace values of shards by those of whole gradients: one reduction for each set of process groups.
+
+    Args:
+        values: one of each gradient.
+        meshes: see ``Grads``.
+        squared: the squares add up, not the values.
+    """
     by_groups: dict[tuple, list[int]] = defaultdict(list)
     for i, groups in meshes.items():
         by_groups[groups].append(i)
     for groups, indices in by_groups.items():
-        squares = torch.stack([norms[i] for i in indices]).square_()
+        sums = torch.stack([values[i] for i in indices])
+        if squared:
+            sums.square_()
         for group in groups:
-            torch.distributed.all_reduce(squares, group=group)
-        for i, norm in zip(indices, squares.sqrt_().unbind(), strict=True):
-            norms[i] = norm
+            torch.distributed.all_reduce(sums, group=group)
+        if squared:
+            sums.sqrt_()
+        for i, value in zip(indices, sums.unbind(), strict=True):
+            values[i] = value
 
 
 class Measured(NamedTuple):
@@ -192,9 +203,14 @@ class Element(Scope):
         for grad in grads.tensors:
             grad.clamp_(-threshold, threshold)
         after = torch.linalg.vector_norm(tensor_norms(grads))
+        _sum_over_shards_(clipped, grads.meshes)
         device = clipped[0].device
-        share = torch.stack([count.to(device, non_blocking=True) for count in clipped]).sum()
-        return ratio(number(after), total), number(share / sum(grad.numel() for grad in grads.tensors))
+        clipped = torch.stack([count.to(device, non_blocking=True) for count in clipped]).sum()
+        elements = sum(
+            grads.params[i].grad.numel() if i in grads.meshes else grad.numel()  # of all shards
+            for i, grad in enumerate(grads.tensors)
+        )
+        return ratio(number(after), total), number(clipped / max(elements, 1))
 
 
 def multiply_(tensors: list[Tensor], coef: Number) -> None:
