@@ -279,6 +279,6 @@ def _headline(summary: dict[str, Any]) -> str:
     final, best = summary["final"], summary["best"]
     return (
         f"{metric} {final[f'val/{metric}']:.4f} (best {best['value']:.4f} at step {best['step']}), "
-        f"clipped {summary['clip_fraction']:.1%} of {summary['clip_unit']}, "
+        f"clipped {100 * summary['clip_fraction']:.3g}% of {summary['clip_unit']}, "
         f"{summary['steps']} steps at {summary['steps_per_second']:.1f} per second"
     )
