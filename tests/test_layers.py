@@ -11,11 +11,13 @@ ROOT = Path(__file__).parents[1]
 # torch_clip, from the ground up; a module imports only from lines above its own.
 FLOORS = (
     {"scalars"},
-    {"norms", "thresholds", "gates", "schedules", "tails"},
+    {"norms", "thresholds", "gates", "schedules", "tails", "smoothness"},
     {"clipping"},
     {"methods", "attach"},
-    {"testing", "optimizers", "sstm"},
-    {"restarter", "optimizers_collector"},
+    {"testing", "sstm"},
+    {"optimizers"},
+    {"restarter"},
+    {"optimizers_collector"},
     {"torch_clip"},  # __init__
 )
 # What each part of clipbench may know of the repository, itself apart.

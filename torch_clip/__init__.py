@@ -3,6 +3,16 @@
 from torch_clip.attach import clip
 from torch_clip.clipping import Clipping, NonFiniteGradientError, Telemetry
 from torch_clip.methods import CLIPPINGS
-from torch_clip.optimizers import ClippedSGD
+from torch_clip.optimizers import ClippedAdam, ClippedAdamW, ClippedSGD, ClippedSSTM
 
-__all__ = ["CLIPPINGS", "ClippedSGD", "Clipping", "NonFiniteGradientError", "Telemetry", "clip"]
+__all__ = [
+    "CLIPPINGS",
+    "ClippedAdam",
+    "ClippedAdamW",
+    "ClippedSGD",
+    "ClippedSSTM",
+    "Clipping",
+    "NonFiniteGradientError",
+    "Telemetry",
+    "clip",
+]

@@ -76,6 +76,8 @@ def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
         raise ValueError(f"{type(optimizer).__name__} already has a clipping: {optimizer.clipping}")
     for group in optimizer.param_groups:
         _refuse_clipping_keys(group)
+    if hasattr(optimizer, "check_clipping"):
+        optimizer.check_clipping(clipping)
     optimizer.__class__ = _clipped_class(type(optimizer))
     optimizer.clipping = clipping
     _register_hooks(optimizer)
@@ -204,7 +206,9 @@ def _clip(optimizer: Optimizer) -> None:
         _lend(optimizer, "grad_scale", None)
         amp_scale = None
     scale = 1.0 if amp_scale is None else number(amp_scale)
-    measured = clipping.measure(grads, scale, functools.partial(_describe, optimizer))
+    measured = clipping.measure(
+        grads, scale, getattr(optimizer, "threshold_scale", 1.0), functools.partial(_describe, optimizer)
+    )
 
     skip = clipping.must_skip(measured)
     fused = optimizer._step_can_fuse and all(group["fused"] for group in optimizer.param_groups)

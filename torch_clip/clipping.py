@@ -124,13 +124,18 @@ class Clipping:
         return telemetry
 
     def measure(
-        self, grads: Grads, grad_scale: Number = 1.0, describe: Callable[[Tensor], str] | None = None
+        self,
+        grads: Grads,
+        grad_scale: Number = 1.0,
+        threshold_scale: float = 1.0,
+        describe: Callable[[Tensor], str] | None = None,
     ) -> Measured:
         """Norms and threshold of this step; the norm joins the history. First half of ``clip_``.
 
         Args:
             grads: to be clipped.
             grad_scale: factor that the gradients carry, of a ``GradScaler``; norms are those without it.
+            threshold_scale: multiplies the threshold in this step, of an optimizer that schedules it.
             describe: names a parameter in the message of ``nonfinite="error"``.
         """
         if not grads.tensors:
@@ -142,7 +147,7 @@ class Clipping:
         finite = isfinite(total)
         if self.nonfinite == "error" and not finite:
             raise NonFiniteGradientError(_nonfinite_message(grads, norms, describe))
-        return Measured(total, norms, self.threshold.update(total), finite)
+        return Measured(total, norms, self.threshold.update(total) * threshold_scale, finite)
 
     def must_skip(self, measured: Measured) -> bool:
         """Whether the host knows that this step is to be skipped."""

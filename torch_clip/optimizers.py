@@ -6,12 +6,13 @@ import difflib
 import inspect
 from typing import Any
 
-from torch.optim import SGD
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.optimizer import ParamsT
 
 from torch_clip.attach import clip
 from torch_clip.clipping import Clipping
 from torch_clip.methods import CLIPPINGS
+from torch_clip.sstm import SSTM
 
 
 def make_clipping(
@@ -72,4 +73,105 @@ class ClippedSGD(SGD):
         **sgd: Any,
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, **sgd)
+        clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
+
+
+class ClippedAdam(Adam):
+    """:class:`torch.optim.Adam` that clips the gradient before its moments see it.
+
+    Args:
+        params: as in torch.
+        lr: as in torch.
+        betas: as in torch.
+        clipping_type: as in ``ClippedSGD``.
+        clipping_level: as in ``ClippedSGD``.
+        p_autoclip: as in ``ClippedSGD``.
+        beta: as in ``ClippedSGD``; not one of ``betas``.
+        clipping: a clipping object; replaces the four settings above.
+        **adam: torch's other keywords.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        clipping_type: str = "norm",
+        clipping_level: float | None = None,
+        p_autoclip: float | None = None,
+        beta: float | None = None,
+        clipping: Clipping | None = None,
+        **adam: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, **adam)
+        clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
+
+
+class ClippedAdamW(AdamW):
+    """:class:`torch.optim.AdamW` that clips the gradient before its moments see it.
+
+    Args:
+        params: as in torch.
+        lr: as in torch.
+        betas: as in torch.
+        clipping_type: as in ``ClippedSGD``.
+        clipping_level: as in ``ClippedSGD``.
+        p_autoclip: as in ``ClippedSGD``.
+        beta: as in ``ClippedSGD``; not one of ``betas``.
+        clipping: a clipping object; replaces the four settings above.
+        **adamw: torch's other keywords.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        clipping_type: str = "norm",
+        clipping_level: float | None = None,
+        p_autoclip: float | None = None,
+        beta: float | None = None,
+        clipping: Clipping | None = None,
+        **adamw: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, **adamw)
+        clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
+
+
+class ClippedSSTM(SSTM):
+    """:class:`torch_clip.sstm.SSTM` with a clipping, whose threshold the method schedules.
+
+    Args:
+        params: as in torch.
+        lr: as in ``SSTM``.
+        L: as in ``SSTM``.
+        clipping_type: of the methods with a constant threshold; ``no_clip`` is plain SSTM.
+        clipping_level: B in the method; None is the clipping's default.
+        beta: as in ``ClippedSGD``.
+        nu: as in ``SSTM``.
+        a_k_ratio_upper_bound: as in ``SSTM``.
+        clipping_iter_start: as in ``SSTM``.
+        p_autoclip: accepted for the original's callers; no method that SSTM takes uses it.
+        offset: as in ``SSTM``.
+        clipping: a clipping object; replaces ``clipping_type``, ``clipping_level`` and ``beta``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        L: float,
+        clipping_type: str = "no_clip",
+        clipping_level: float | None = 1.0,
+        beta: float | None = None,
+        nu: float = 1.0,
+        a_k_ratio_upper_bound: float = 1.0,
+        clipping_iter_start: int | None = None,
+        p_autoclip: float | None = None,
+        offset: int = 1,
+        clipping: Clipping | None = None,
+    ) -> None:
+        super().__init__(params, lr, L, nu, a_k_ratio_upper_bound, clipping_iter_start, offset)
         clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
