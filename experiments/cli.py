@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from experiments.errors import UserError, nearest
@@ -16,6 +17,7 @@ clipbench: train with clipped optimizers, and see what clipping did.
   clipbench list clipping                             what there is to choose: task, optimizer, clipping
   clipbench list runs                                 runs so far, with status and best metric
   clipbench run --help                                more of run
+  clipbench bench --models resnet18                   what one clipped optimizer step costs
 """
 
 RUN_HELP = """\
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    commands = {"run": _run, "list": _list}
+    commands = {"run": _run, "list": _list, "bench": _bench}
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if argv else 2
@@ -102,6 +104,9 @@ def _run(argv: list[str]) -> int:
             codes.append(_one_run(cfg, dict(HydraConfig.get().runtime.choices), presets))
         except UserError as error:
             codes.append(_complain(error))
+        except Exception:  # in a sweep the other jobs go on
+            traceback.print_exc()
+            codes.append(1)
 
     # Hydra's own reporting ends with a hint at a traceback; ours names choices instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -220,4 +225,46 @@ def _list_runs(options: list[str]) -> int:
         print(f"no runs in {root}; 'clipbench run' makes one, --results-dir looks elsewhere")
         return 0
     print(format_table(runs_table(found)))
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    import argparse
+
+    import torch
+
+    from experiments.analysis.price import markdown, write_price
+    from experiments.training.bench import METHODS, MODELS, OPTIMIZERS, bench
+
+    parser = argparse.ArgumentParser(
+        prog="clipbench bench",
+        description="Time one optimizer step with and without clipping, interleaved in one process.",
+    )
+    for name, choices in (("models", MODELS), ("optimizers", OPTIMIZERS), ("methods", METHODS)):
+        parser.add_argument(f"--{name}", default=",".join(choices), help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=21, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument(
+        "--out", default="results/bench", help="folder of table and chart (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    asked = {}
+    for name, choices in (("models", MODELS), ("optimizers", OPTIMIZERS), ("methods", METHODS)):
+        asked[name] = getattr(args, name).split(",")
+        for word in asked[name]:
+            if word not in choices:
+                raise UserError(f"--{name} takes {', '.join(choices)}, got {word!r}.{nearest(word, choices)}")
+    if args.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {args.rounds}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    rows, place = bench(
+        **asked, device=torch.device(args.device), dtype=getattr(torch, args.dtype), rounds=args.rounds
+    )
+    rows = [row._asdict() for row in rows]
+    paths = write_price(Path(args.out), rows, place)
+    print(markdown(rows, place))
+    print(*paths, sep="\n")
     return 0

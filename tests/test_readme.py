@@ -41,13 +41,27 @@ def surroundings() -> dict:
 def test_first_example_of_the_seed():
     names = surroundings()
     before = [param.clone() for param in names["net"].parameters()]
-    exec(block("python", 'clipping_type="layer_wise", clipping_level=1)\n\nloss'), names)
+    exec(block("python", "loss = my_loss_function"), names)
     optimizer = names["optimizer"]
     assert isinstance(optimizer, torch.optim.SGD)
     assert isinstance(optimizer.clipping, LayerWiseClip)
     assert optimizer.clipping.threshold.value == 1.0  # B3: an int is no reason to take another default
     assert optimizer.clipping.telemetry.steps == 6
     assert optimizer.clipping.telemetry.clipped_steps > 0
+    assert all((a != b).any() for a, b in zip(before, names["net"].parameters(), strict=True))
+
+
+def test_second_example_of_the_seed_with_restarts():
+    names = surroundings()
+    names["EPOCHS"] = 30  # 90 steps: restarts after 50 points
+    before = [param.clone() for param in names["net"].parameters()]
+    exec(block("python", "Restarter("), names)
+    optimizer, restarter = names["optimizer"], names["restarter"]
+    assert optimizer.clipping.telemetry.steps == 90
+    assert optimizer.clipping.threshold.value == 1.0
+    state = restarter.state_dict()
+    assert state["interval"]["length"] == 63  # 50 * 1.25, rounded up
+    assert state["mean"]["count"] == 40  # points since
     assert all((a != b).any() for a, b in zip(before, names["net"].parameters(), strict=True))
 
 

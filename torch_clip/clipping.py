@@ -86,6 +86,8 @@ class Clipping:
             raise ValueError(f"{threshold} is a percentile of global norms; with scope {scope} use Constant")
         if isinstance(scope, Element) and not isinstance(gate, Always):
             raise ValueError(f"{gate} decides by the norm of a gradient; with scope {scope} use Always")
+        if not scope.measure and nonfinite != "propagate":
+            raise ValueError(f"without measuring, nonfinite must be 'propagate', got {nonfinite!r}")
         self.scope = scope
         self.threshold = threshold
         self.gate = gate
@@ -140,6 +142,8 @@ class Clipping:
         """
         if not grads.tensors:
             return Measured(0.0, None, math.inf, True)
+        if not self.scope.measure:
+            return Measured(math.nan, None, self.threshold.update(math.nan) * threshold_scale, True)
         norms = tensor_norms(grads)
         if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
             norms = norms / grad_scale

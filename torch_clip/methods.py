@@ -115,6 +115,8 @@ class CoordWiseClip(Clipping):
         threshold: T in [0, inf], in units of a coordinate.
         nonfinite: ``"skip"``, ``"propagate"`` or ``"error"``, see ``Clipping``. With ``"propagate"`` Inf
             becomes T and NaN stays.
+        measure: False clamps and looks at nothing else, which is cheaper than torch's clipping by norm; the
+            telemetry of norms and share is NaN then, and ``nonfinite`` must be ``"propagate"``.
 
     Note:
         A step whose whole norm is below the threshold costs one read of the gradients, as other methods do.
@@ -125,8 +127,8 @@ class CoordWiseClip(Clipping):
         https://arxiv.org/abs/1912.03194
     """
 
-    def __init__(self, threshold: float = 0.1, *, nonfinite: str = "skip") -> None:
-        super().__init__(Element(), Constant(threshold), nonfinite=nonfinite)
+    def __init__(self, threshold: float = 0.1, *, nonfinite: str = "skip", measure: bool = True) -> None:
+        super().__init__(Element(measure), Constant(threshold), nonfinite=nonfinite)
 
 
 class AutoClip(Clipping):

@@ -74,7 +74,10 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
     model = task.build_model().to(device)
     optimizer = _construct(cfg.optimizer, "optimizer")(params=_trainable(model))
     clipping = _construct(cfg.clipping, "clipping")
-    torch_clip.clip(optimizer, clipping)
+    try:
+        torch_clip.clip(optimizer, clipping)
+    except (TypeError, ValueError) as error:  # some optimizers do not take every clipping
+        raise UserError(f"clipping: {error}") from None
     scheduler = _construct(cfg.scheduler, "scheduler")(optimizer=optimizer)
 
     facts = {"code": _code_version(), "threads": torch.get_num_threads()}

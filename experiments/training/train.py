@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -101,7 +102,8 @@ def train(
             if last or step % budget.eval_every == 0:
                 record = {"step": step, "epoch": step / len(loader)}
                 record |= {f"train/{name}": value for name, value in task.metrics(confusion).items()}
-                record |= evaluate(task, model, evaluation, device)
+                with output_of(optimizer):
+                    record |= evaluate(task, model, evaluation, device)
                 yield [record]
                 if not math.isfinite(record["val/loss"]):
                     raise Diverged(f"the evaluation loss is {record['val/loss']} after step {step}")
@@ -109,6 +111,17 @@ def train(
                 model.train()
         if step == budget.max_steps:
             return
+
+
+@contextlib.contextmanager
+def output_of(optimizer: Optimizer) -> Iterator[None]:
+    """The optimizer's output in the parameters, where that is not the point it trains at (SSTM)."""
+    swaps = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+    if swaps:
+        optimizer.eval()
+    yield
+    if swaps:
+        optimizer.train()
 
 
 @torch.no_grad()

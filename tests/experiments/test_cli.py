@@ -236,3 +236,26 @@ def test_yaml_and_list_of_methods_agree():
         settings = {key: value for key, value in node.items() if key not in ("_target_", "seed")}
         built = CLIPPINGS[name](**settings)
         assert repr(built) == repr(CLIPPINGS[name]())  # the YAML repeats the defaults of the class
+
+
+def test_every_optimizer_runs_clipped_by_every_method_or_says_why_not(capsys):
+    options = {
+        group: sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
+        for group in ("optimizer", "clipping")
+    }
+    short = ["max_steps=2", "eval_every=2", *SHORT[2:], "clipping.nonfinite=error"]
+    clipbench("run", "-m", *(f"{group}={','.join(names)}" for group, names in options.items()), *short)
+    complaints = capsys.readouterr().err.splitlines()
+    done = {
+        (run.names["optimizer"], run.names["clipping"]): run.summary() for run in find_runs("results/runs")
+    }
+    for optimizer in options["optimizer"]:
+        for clipping in options["clipping"]:
+            if optimizer == "sstm" and "auto" in clipping:
+                assert (optimizer, clipping) not in done
+                name = CLIPPINGS[clipping].__name__
+                assert any(f"SSTM schedules the threshold, and {name}" in line for line in complaints)
+            else:
+                assert done[optimizer, clipping]["status"] == "ok", (optimizer, clipping)
+                assert done[optimizer, clipping]["steps"] == 2
+    assert len(complaints) == 3
