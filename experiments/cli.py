@@ -18,6 +18,7 @@ clipbench: train with clipped optimizers, and see what clipping did.
   clipbench list runs                                 runs so far, with status and best metric
   clipbench run --help                                more of run
   clipbench bench --models resnet18                   what one clipped optimizer step costs
+  clipbench check norm                                hold a clipping to the laws; also my_module.MyClip
 """
 
 RUN_HELP = """\
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    commands = {"run": _run, "list": _list, "bench": _bench}
+    commands = {"run": _run, "list": _list, "bench": _bench, "check": _check}
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if argv else 2
@@ -268,3 +269,55 @@ def _bench(argv: list[str]) -> int:
     print(markdown(rows, place))
     print(*paths, sep="\n")
     return 0
+
+
+def _check(argv: list[str]) -> int:
+    import argparse
+
+    from torch_clip.methods import CLIPPINGS
+    from torch_clip.testing import LAWS, SLOW, check
+
+    parser = argparse.ArgumentParser(
+        prog="clipbench check",
+        description="Hold clippings to the laws: ours by name, any other as my_module.MyClip.",
+    )
+    parser.add_argument("name", nargs="*", default=list(CLIPPINGS), help="default: every method of ours")
+    parser.add_argument("--fast", action="store_true", help="leave out the laws that start processes")
+    args = parser.parse_args(argv)
+    laws = [law for law in LAWS if not (args.fast and law in SLOW)]
+    failed = False
+    for name, make in [(name, _clipping_class(name)) for name in args.name]:
+        try:
+            verdicts = check(make, laws)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}: {error}") from None
+        print(name)
+        for verdict in verdicts:
+            told = verdict.message or LAWS[verdict.law].__doc__.splitlines()[0]
+            print(f"  {verdict.status:<11}  {verdict.law:<18}  {told}", flush=True)
+            failed = failed or verdict.status == "failed"
+    return int(failed)
+
+
+def _clipping_class(name: str):
+    """A method of ours by its name, or what a dotted path names; modules are looked for here first."""
+    import importlib
+
+    from torch_clip.methods import CLIPPINGS
+
+    if name in CLIPPINGS:
+        return CLIPPINGS[name]
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise UserError(
+            f"there is no clipping {name!r}; choose one of {', '.join(CLIPPINGS)}, or give my_module.MyClip."
+            f"{nearest(name, CLIPPINGS)}"
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name}: there is no module {error.name!r} here or installed") from None
+    except AttributeError:
+        raise UserError(f"{name}: {module} has no {attribute!r}") from None

@@ -9,6 +9,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from experiments import cli
@@ -259,3 +260,68 @@ def test_every_optimizer_runs_clipped_by_every_method_or_says_why_not(capsys):
                 assert done[optimizer, clipping]["status"] == "ok", (optimizer, clipping)
                 assert done[optimizer, clipping]["steps"] == 2
     assert len(complaints) == 3
+
+
+def test_check_holds_a_clipping_from_outside_to_the_laws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (tmp_path / "outside.py").write_text(
+        "from torch_clip.methods import NormClip\n"
+        "class Mine(NormClip):\n    pass\n"
+        "class Forgets(NormClip):\n    def state_dict(self):\n        return {}\n"
+        "class Needs(NormClip):\n    def __init__(self, threshold):\n        super().__init__(threshold)\n"
+    )
+    assert clipbench("check", "--fast", "outside.Mine") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "outside.Mine"
+    assert all(line.split()[0] == "passed" for line in lines[1:])
+    assert clipbench("check", "--fast", "outside.Forgets", "norm") == 1
+    told = capsys.readouterr().out
+    assert [line.split()[1] for line in told.splitlines() if line.startswith("  failed")] == [
+        "resume",
+        "optimizer_state",
+    ]
+    for name, message in {
+        "outside.Needs": "must be callable without arguments",
+        "outside.Nothing": "outside has no 'Nothing'",
+        "nowhere.Mine": "there is no module 'nowhere'",
+        "nrm": "Did you mean 'norm'?",
+    }.items():
+        assert clipbench("check", name) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_bench_writes_table_chart_and_numbers(tmp_path, capsys):
+    argv = ["--models", "mlp", "--optimizers", "sgd", "--methods", "norm,no_clip,coordinate_wise,auto_clip"]
+    assert clipbench("bench", *argv, "--rounds", "2", "--out", "price") == 0
+    told = capsys.readouterr().out
+    saved = json.loads((tmp_path / "price" / "bench.json").read_text())
+    names = [row["contender"] for row in saved["rows"]]
+    assert names == [
+        *("plain fused", "norm alone", "clip_grad_norm_ + fused", "norm, clipped", "norm, not clipped"),
+        *("no_clip, not clipped", "coordinate_wise, clipped", "coordinate_wise, not clipped"),
+        *("auto_clip, clipped", "auto_clip, not clipped", "coordinate_wise (measure=False), clipped"),
+        *("auto_clip, 1,000 norms", "auto_clip, 1,000,000 norms"),
+    ]
+    assert all(row["milliseconds"] > 0 for row in saved["rows"])
+    assert saved["rows"][0]["to_plain"] == saved["rows"][2]["to_torch"] == 1.0
+    assert all(f"| {name} |" in told for name in names)
+    assert (tmp_path / "price" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert clipbench("bench", "--models", "resnet81") == 2
+    assert "Did you mean 'resnet18'?" in capsys.readouterr().err
+
+
+def test_bench_clips_where_it_says_so_and_only_there():
+    from experiments.training import bench
+    from torch_clip.norms import Grads, tensor_norms
+
+    params = [torch.nn.Parameter(torch.randn(30, 20)), torch.nn.Parameter(torch.randn(20))]
+    for name in CLIPPINGS:
+        for clips in (True, False):
+            for param in params:
+                param.grad = torch.randn_like(param) * 1e-2
+            norms = tensor_norms(Grads(params))
+            clipping = bench._tuned(name, clips, float(norms.norm()), float(norms.median()))
+            if clipping is None:
+                assert name == "no_clip"
+                continue
+            assert (clipping.clip_(params).clipped > 0.3) == clips, name
