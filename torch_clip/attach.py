@@ -11,6 +11,7 @@ import functools
 import inspect
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from torch_clip.clipping import Clipping
-from torch_clip.norms import Global, Grads, multiply_, share_of
-from torch_clip.scalars import number
+from torch_clip.norms import Global, Grads, multiply_, share_of, tensor_norms
+from torch_clip.scalars import number, on_host
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -68,7 +69,9 @@ def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
     """
     if not isinstance(clipping, Clipping):
         raise TypeError(f"clipping must be a torch_clip Clipping such as NormClip(1.0), got {clipping!r}")
-    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    # Some wrappers have plain dictionaries here, which torch does not register hooks in.
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    if not (isinstance(optimizer, Optimizer) and isinstance(hooks, OrderedDict)):
         raise TypeError(
             f"{type(optimizer).__name__} has no step hooks; if it wraps an optimizer, clip the one inside"
         )
@@ -174,7 +177,8 @@ def _register_hooks(optimizer: Optimizer) -> None:
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        _clip(optimizer)
+        if not _only_makes_state(optimizer, kwargs):
+            _clip(optimizer)
         return None
 
     @functools.wraps(closure)
@@ -189,6 +193,21 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
     return (args[0], clipped_closure, *args[2:]), kwargs
 
 
+def _only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
+    """Whether distributed checkpointing steps without lr and gradient, so that there is a state to load into.
+
+    Such a step is none of the training's: counted, it would shift the random draws of the run that saves.
+    """
+    if kwargs != {"closure": None} or optimizer.state:  # the way it is called there
+        return False
+    for group in optimizer.param_groups:
+        lr = group.get("lr", 0.0)
+        if (isinstance(lr, Tensor) and not on_host(lr)) or lr != 0.0:
+            return False
+    grads = _grads(optimizer)  # read last, and by their norms, so that all ranks decide alike
+    return not (grads.tensors and tensor_norms(grads).any())
+
+
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     _restore(optimizer)
@@ -198,7 +217,7 @@ def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> No
 def _clip(optimizer: Optimizer) -> None:
     """Clip the gradients, or leave the work to the update kernel."""
     clipping = optimizer.clipping
-    grads = Grads(param for group in optimizer.param_groups for param in group["params"])
+    grads = _grads(optimizer)
     amp_scale = getattr(optimizer, "grad_scale", None)
     if amp_scale is not None and not isinstance(clipping.scope, Global):
         # Set by a GradScaler for the fused kernel; these methods clip in the gradient's own units.
@@ -233,6 +252,10 @@ def _clip(optimizer: Optimizer) -> None:
         found = getattr(optimizer, "found_inf", None)
         _lend(optimizer, "found_inf", bad if found is None else torch.maximum(bad, found))
         _note_fresh_momentum(optimizer, grads)
+
+
+def _grads(optimizer: Optimizer) -> Grads:
+    return Grads(param for group in optimizer.param_groups for param in group["params"])
 
 
 def _describe(optimizer: Optimizer, param: Tensor) -> str:

@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from abc import ABC
 
 import pytest
 import torch
@@ -101,7 +102,10 @@ def test_the_optimizer_stays_what_it_was(parameters):
     class Own(SGD):
         pass
 
-    for cls in (SGD, AdamW, Own):
+    class Abstract(Own, ABC):  # of another object layout, which a swap to a class with a mixin cannot take
+        pass
+
+    for cls in (SGD, AdamW, Own, Abstract):
         plain = cls(parameters([1.0]), lr=0.1)
         said = repr(plain)
         clipped = clip(plain, NormClip())
@@ -215,6 +219,10 @@ def test_lbfgs_clips_every_evaluation(weights):
         optimizer.step(closure)
     assert optimizer.clipping.telemetry.steps == len(evaluations) > 3
     assert max(lengths) <= 1 + 1e-5
+    optimizer.clipping = AutoClip()
+    evaluations.clear()
+    optimizer.step(closure)
+    assert len(optimizer.clipping.threshold.history) == len(evaluations) > 1
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -349,6 +357,30 @@ def test_a_state_without_clipping_starts_fresh(parameters):
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.clipping.state_dict()["steps"] == 0
     assert len(optimizer.clipping.threshold.history) == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"lr": torch.tensor(0.1)}])
+def test_the_step_that_only_makes_a_state_is_not_counted(settings, same):
+    """Distributed checkpointing takes one when there is no state: with plain SGD at each checkpoint."""
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = torch.nn.Linear(2, 1)
+    optimizer = clip(SGD(model.parameters(), **{"lr": 0.1, **settings}), LinearRandAutoClip())
+    before = copy.deepcopy(optimizer.clipping.state_dict())
+    for _ in range(2):
+        checkpoint.get_optimizer_state_dict(model, optimizer)
+    assert same(optimizer.clipping.state_dict(), before)
+    assert optimizer.clipping.telemetry is None
+    # Of the training are: a warmup that starts at 0, and a gradient that is 0.
+    model(torch.ones(2)).sum().backward()
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step(closure=None)
+    assert optimizer.clipping.telemetry.steps == 1
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step(closure=None)
+    optimizer.step()
+    assert optimizer.clipping.telemetry.steps == 3
 
 
 def test_unpickling_in_a_new_process_keeps_the_clipping(tmp_path, parameters):

@@ -102,6 +102,16 @@ def problem(name):
     return params, closure
 
 
+def test_the_walk_meets_every_class():
+    """Those unlike the others too: LBFGS evaluates many times, SparseAdam and Muon want their gradients."""
+    assert {"LBFGS", "SparseAdam", "Muon", "Adafactor"} <= set(OPTIMIZERS)
+    assert set(FUSED) == {name for name, cls in OPTIMIZERS.items() if knows(cls, "fused")}
+
+
+def knows(cls, keyword):
+    return keyword in inspect.signature(cls).parameters
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_class_of_torch_optim(name):
     plain, plain_closure = problem(name)

@@ -1,5 +1,10 @@
-"""Two processes train as one does: FSDP2 shards, DDP replicas, and both kinds in one optimizer."""
+"""Processes train as one does.
 
+Two: FSDP2 shards, with GradScaler too, DDP replicas, and both kinds in one optimizer. Four in a grid:
+replicas of shards (HSDP), and shards of tensor parallel shards.
+"""
+
+import functools
 import pickle
 import subprocess
 import sys
@@ -12,11 +17,11 @@ from torch_clip import CLIPPINGS, clip
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-WORLD = 2
 STEPS = 5
 BAD_STEP = 2  # one rank meets an Inf here
 # Five outputs over two ranks: shards of unequal length, and the last bias of 1 leaves one of them empty.
 WIDTHS = (4, 5, 1)
+EVEN_WIDTHS = (4, 8, 1)  # FSDP2 takes no uneven shards of tensor parallel ones
 # (method, optimizer settings): the SGD is not fused, as torch has no sharded kernel for it.
 CASES = [
     ("no_clip", "SGD"),
@@ -30,17 +35,30 @@ CASES = [
     ("coordinate_wise", "SGD"),
     ("coordinate_wise", "AdamW fused"),
 ]
-RUNS = [
-    (kind, method, name)
-    for kind in ("fsdp", "mixed", "ddp")
-    for method, name in CASES
-    if not (kind == "mixed" and "fused" in name)  # torch's kernel takes no mixture
-]
+# Kinds of training, by the number of processes.
+KINDS = {2: ("fsdp", "scaled", "mixed", "ddp"), 4: ("hsdp", "tensor")}
+RUNS = {
+    world: [
+        (kind, method, name)
+        for kind in kinds
+        for method, name in CASES
+        if not (kind == "mixed" and "fused" in name)  # torch's kernel takes no mixture
+    ]
+    for world, kinds in KINDS.items()
+}
 
 
-def make_model():
+# What torch cannot do with shards, as of 2.15; the example of FSDP2 says so.
+FAILS_SHARDED = {
+    "SGD fused": lambda params: torch.optim.SGD(params, fused=True),
+    "Adagrad fused": lambda params: torch.optim.Adagrad(params, fused=True),
+    "Muon": torch.optim.Muon,
+}
+
+
+def make_model(kind):
     torch.manual_seed(0)
-    a, b, c = WIDTHS
+    a, b, c = EVEN_WIDTHS if kind == "tensor" else WIDTHS
     return torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.Tanh(), torch.nn.Linear(b, c))
 
 
@@ -52,21 +70,22 @@ def make_optimizer(model, method, name):
     return clip(optimizer, CLIPPINGS[method](**({"threshold": 0.3} if method == "layer_wise" else {})))
 
 
-def train(model, optimizer, rank=None):
-    """Parameters and telemetry of some steps; each rank takes its half of a batch, or all is one."""
+def train(model, optimizer, kind, part=0, parts=1):
+    """Parameters and telemetry of some steps; each rank takes its part of a batch."""
     rng = torch.Generator().manual_seed(1)
+    scaler = torch.amp.GradScaler("cpu", enabled=kind == "scaled", init_scale=1024.0)
     said = []
     for step in range(STEPS):
         x = torch.randn(8, WIDTHS[0], generator=rng)
         y = torch.randn(8, WIDTHS[2], generator=rng) * (5 if step % 2 else 1)
         if step == BAD_STEP:
-            x[-1, 0] = torch.inf  # in the last rank's half
-        if rank is not None:
-            x, y = x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]
+            x[-1, 0] = torch.inf  # in the last rank's part
+        x, y = x.chunk(parts)[part], y.chunk(parts)[part]
         optimizer.zero_grad()
-        ((model(x) - y) ** 2).mean().backward()
-        optimizer.step()
-        said.append([float(value) for value in optimizer.clipping.telemetry])
+        scaler.scale(((model(x) - y) ** 2).mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        said.append([*map(float, optimizer.clipping.telemetry), scaler.get_scale()])
     return said
 
 
@@ -74,61 +93,116 @@ def whole(param):
     return (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone()
 
 
-def run_rank(rank, folder):
+def run_rank(rank, world, folder):
     """One process: all runs."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    mesh = init_device_mesh("cpu", (WORLD,))
+    store = torch.distributed.FileStore(str(folder / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    mesh = init_device_mesh(
+        "cpu", (2,) if world == 2 else (2, 2), mesh_dim_names=("outer", "inner")[: world // 2]
+    )
     results = {}
-    for kind, method, name in RUNS:
-        model = make_model()
-        if kind == "fsdp":
-            fully_shard(model, mesh=mesh)
-        elif kind == "mixed":
-            # The second layer is left whole; its gradients are averaged as DDP would.
-            fully_shard(model[0], mesh=mesh)
-            for param in model[2].parameters():
-                param.register_post_accumulate_grad_hook(average)
-        else:
-            model = torch.nn.parallel.DistributedDataParallel(model)
+    for kind, method, name in RUNS[world]:
+        model = spread(make_model(kind), kind, mesh)
         optimizer = make_optimizer(model, method, name)
-        said = train(model, optimizer, rank)
+        # Ranks of a tensor parallel group work on the same part.
+        part, parts = (rank // 2, 2) if kind == "tensor" else (rank, world)
+        said = train(model, optimizer, kind, part, parts)
         results[kind, method, name] = said, [whole(param) for param in model.parameters()]
+    if world == 2:
+        results["torch alone"] = {name: outcomes(name, mesh) for name in FAILS_SHARDED}
     (folder / f"rank{rank}").write_bytes(pickle.dumps(results))
     torch.distributed.destroy_process_group()
 
 
+def spread(model, kind, mesh):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if kind == "mixed":
+        # The second layer is left whole; its gradients are averaged as DDP would.
+        for param in model[2].parameters():
+            param.register_post_accumulate_grad_hook(average)
+        fully_shard(model[0], mesh=mesh)
+        return model
+    if kind == "tensor":
+        parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return fully_shard(model, mesh=mesh["outer"])
+    return fully_shard(model, mesh=mesh)  # of two dimensions: replicas of shards
+
+
+def outcomes(name, mesh):
+    """The error of a sharded step without and with clipping, None for none."""
+    said = []
+    for clipping in (None, CLIPPINGS["norm"]()):
+        model = spread(make_model("fsdp"), "fsdp", mesh)
+        optimizer = FAILS_SHARDED[name]([param for param in model.parameters() if param.ndim == 2])
+        if clipping is not None:
+            clip(optimizer, clipping)
+        model(torch.ones(2, WIDTHS[0])).sum().backward()
+        try:
+            optimizer.step()
+            said.append(None)
+        except Exception as error:
+            said.append(type(error).__name__)
+    return said
+
+
 def average(param):
     torch.distributed.all_reduce(param.grad)
-    param.grad /= WORLD
+    param.grad /= torch.distributed.get_world_size()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE)
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(WORLD)]
+def run_ranks(tmp_path_factory):
+    """World size -> what each of so many processes found; started once."""
+
+    @functools.cache
+    def run(world):
+        folder = tmp_path_factory.mktemp("ranks")
+        command = [sys.executable, __file__]
+        processes = [
+            subprocess.Popen([*command, str(rank), str(world), str(folder)], stderr=subprocess.PIPE)
+            for rank in range(world)
+        ]
+        try:
+            errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+        return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(world)]
+
+    return run
 
 
-@pytest.mark.parametrize(("kind", "method", "name"), RUNS)
-def test_two_processes_are_one(ranks, kind, method, name):
+@pytest.mark.parametrize(("kind", "method", "name"), RUNS[2])
+def test_two_processes_are_one(run_ranks, kind, method, name):
+    assert_processes_are_one(run_ranks(2), kind, method, name)
+
+
+@pytest.mark.parametrize("name", FAILS_SHARDED)
+def test_clipping_fails_only_where_torch_does(run_ranks, name):
+    for result in run_ranks(2):
+        alone, clipped = result["torch alone"][name]
+        assert clipped == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method", "name"), RUNS[4])
+def test_four_processes_are_one(run_ranks, kind, method, name):
+    assert_processes_are_one(run_ranks(4), kind, method, name)
+
+
+def assert_processes_are_one(ranks, kind, method, name):
     # B23
-    model = make_model()
+    model = make_model(kind)
     optimizer = make_optimizer(model, method, name)
-    said = train(model, optimizer)
+    said = train(model, optimizer, kind)
     wanted = [whole(param) for param in model.parameters()]
     for result in ranks:
         got_said, got = result[kind, method, name]
@@ -137,12 +211,17 @@ def test_two_processes_are_one(ranks, kind, method, name):
             torch.tensor(got_said), torch.tensor(said), rtol=1e-4, atol=1e-6, equal_nan=True
         )
     # Bit for bit between ranks: the thresholds of one must be the other's.
-    (said_0, params_0), (said_1, params_1) = (result[kind, method, name] for result in ranks)
-    assert repr(said_0) == repr(said_1)
-    assert all(map(torch.equal, params_0, params_1))
-    assert said[-1][-1] == 1  # the step with an Inf was skipped
-    assert (said[-1][-2] > 0) == (method != "no_clip")
+    said_first, params_first = ranks[0][kind, method, name]
+    for result in ranks[1:]:
+        said_other, params_other = result[kind, method, name]
+        assert repr(said_first) == repr(said_other)
+        assert all(map(torch.equal, params_first, params_other))
+    *_, clipped_steps, skipped_steps, scale = said[-1]
+    # The step with an Inf: by us, or by the scaler, which then does not call one that is not fused.
+    assert skipped_steps == (kind != "scaled" or "fused" in name)
+    assert scale == (512.0 if kind == "scaled" else 1.0)
+    assert (clipped_steps > 0) == (method != "no_clip")
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

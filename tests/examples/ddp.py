@@ -1,0 +1,28 @@
+"""DistributedDataParallel: torchrun --nproc-per-node 2 tests/examples/ddp.py
+
+Gradients are averaged in `backward`, so each rank finds the same norm and threshold; draws follow `seed`.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_clip import clip
+from torch_clip.methods import LinearRandAutoClip
+
+dist.init_process_group("gloo")  # on GPUs "nccl"
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)))
+
+optimizer = clip(
+    torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), LinearRandAutoClip(0.25, beta=0.8)
+)
+for _ in range(20):
+    x, y = torch.randn(64, 4).chunk(world)[rank], torch.randn(64, 1).chunk(world)[rank]
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+print(rank, optimizer.clipping.telemetry)
+dist.destroy_process_group()
