@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
+from datetime import datetime
 from pathlib import Path
 
 from experiments.errors import UserError, nearest
@@ -39,11 +41,11 @@ A finished run is not run again; force=true does.
 """
 
 LIST_HELP = """\
-clipbench list task|optimizer|clipping|scheduler|experiment   the options, one line each
-clipbench list runs [--results-dir DIR]                       runs with status and best metric
+clipbench list task|optimizer|clipping|scheduler|preset|experiment   the options, one line each
+clipbench list runs [--results-dir DIR]                              runs with status and best metric
 """
 
-GROUPS = ("task", "optimizer", "clipping", "scheduler", "experiment")
+GROUPS = ("task", "optimizer", "clipping", "scheduler", "preset", "experiment")
 
 
 def main() -> None:
@@ -74,7 +76,6 @@ def _dispatch(argv: list[str]) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         return 130
 
 
@@ -93,11 +94,19 @@ def _run(argv: list[str]) -> int:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments.training.presets import conf_dir
+    from experiments.complaints import explain
+    from experiments.training.presets import Presets, conf_dir
 
-    argv, presets = _choose_preset(argv)
-    OmegaConf.register_new_resolver("default_preset", lambda task: presets.name(task)[0], replace=True)
-    OmegaConf.register_new_resolver("preset_default", presets.value, replace=True)
+    flags, given = _settings(argv)
+    presets = Presets(given.get("preset"), given)
+    sweep = SweepFolder()
+    resolvers = {
+        "default_preset": lambda task: presets.name(task)[0],
+        "preset_default": presets.value,
+        "sweep_dir": sweep.under,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
     codes = []
 
     def job(cfg: DictConfig) -> None:
@@ -111,27 +120,62 @@ def _run(argv: list[str]) -> int:
 
     # Hydra's own reporting ends with a hint at a traceback; ours names choices instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["clipbench run", *argv]
+    # Hydra's parser takes overrides in one piece only, not on both sides of a flag.
+    sys.argv = ["clipbench run", *flags, *(f"{key}={value}" for key, value in _for_hydra(given).items())]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise presets.complaint or _explain(error, conf_dir()) from None
+        raise presets.complaint or explain(error, given) from None
+    except OSError as error:
+        raise UserError(f"results_dir: cannot write {error.filename}: {error.strerror}") from None
+    finally:
+        sweep.clean(keep=any(code != 2 for code in codes))
     return max(codes, default=0)
 
 
-def _choose_preset(argv: list[str]):
-    """Turn ``preset=NAME`` into the option that Hydra looks for, and remember it for the launch."""
-    from experiments.training.presets import Presets
+def _settings(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Flags, and the settings given as KEY=VALUE."""
+    for arg in argv:
+        if arg.startswith("~"):
+            raise UserError(f"{arg}: nothing can be taken out of the config; give KEY=VALUE")
+    settings = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    flags = [arg for arg in argv if arg not in settings]
+    given = dict(arg.split("=", 1) for arg in settings)
+    multirun = "-m" in flags or "--multirun" in flags
+    if multirun and any(flag.startswith(("--cfg", "-c")) for flag in flags):
+        raise UserError("--cfg shows the config of one run: leave out -m")
+    if "," in given.get("preset", ""):
+        raise UserError(f"one preset a launch, got preset={given['preset']}: presets never share a table")
+    return flags, given
 
-    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-    flags = [arg for arg in argv if arg not in overrides]
-    values = dict(arg.split("=", 1) for arg in overrides)
-    chosen = values.get("preset")
-    if chosen is not None and "," in chosen:
-        raise UserError(f"one preset a launch, got preset={chosen}: presets never share a table")
-    overrides = ["preset=${task}/" + chosen if arg.startswith("preset=") else arg for arg in overrides]
-    # Hydra's parser takes overrides in one piece only, not on both sides of a flag.
-    return flags + overrides, Presets(chosen, values.get("data_dir"))
+
+def _for_hydra(given: dict[str, str]) -> dict[str, str]:
+    """``preset=NAME`` as the option that Hydra looks for."""
+    return {key: "${task}/" + value if key == "preset" else value for key, value in given.items()}
+
+
+class SweepFolder:
+    """The folder that Hydra makes for a sweep before it looks at the first job."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._made: list[Path] = []
+
+    def under(self, results_dir: str) -> str:
+        """Name the folder of this launch."""
+        if self._path is None:
+            self._path = Path(results_dir) / "sweeps" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            self._made = [path for path in (self._path, *self._path.parents) if not path.exists()]
+        return str(self._path)
+
+    def clean(self, keep: bool) -> None:
+        """Unless jobs ran: leave nothing behind that this launch has made."""
+        if keep or self._path is None or self._path not in self._made:
+            return
+        with contextlib.suppress(OSError):  # never made, or not empty
+            (self._path / "multirun.yaml").unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
 
 
 def _one_run(cfg, choices: dict[str, str], presets) -> int:
@@ -143,52 +187,13 @@ def _one_run(cfg, choices: dict[str, str], presets) -> int:
         name, why = Path(choices["preset"]).name, presets.name(task)[1]
         print(f"task={task} preset={name}: {why}", flush=True)
     outcome = run(cfg, choices)
-    if outcome.fresh:
+    if outcome.status in ("ok", "diverged") and not outcome.run.curves_path.exists():
         draw_curves(outcome.run)
     state = outcome.status if outcome.fresh else f"already {outcome.status}"
     print(f"{state}: {outcome.message}\n{outcome.run.path}", flush=True)
+    if outcome.status == "killed":
+        raise KeyboardInterrupt
     return 0 if outcome.status in ("ok", "diverged") else 1
-
-
-def _explain(error: Exception, conf: Path) -> UserError:
-    """Hydra's message in one, with the nearest name."""
-    import re
-
-    text = str(error).strip()
-    if missing := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
-        group, option = missing.groups()
-        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        kind = group.replace("/", " ")
-        return UserError(
-            f"there is no {kind} {option!r}; choose one of {', '.join(options)}.{nearest(option, options)}"
-        )
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        return UserError(_unknown_key(unknown.group(1).split("@")[0], conf))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    override = getattr(error, "override", None)  # what Hydra could not parse
-    return UserError(" ".join(([f"{override}:"] if override else []) + lines[:3]))
-
-
-def _unknown_key(key: str, conf: Path) -> str:
-    import yaml
-
-    top = yaml.safe_load((conf / "run.yaml").read_text())
-    groups = [next(iter(entry)) for entry in top["defaults"] if isinstance(entry, dict)]
-    groups = [group for group in groups if not group.startswith("override")]
-    node, _, leaf = key.rpartition(".")
-    if not node:
-        choices = [*groups, *(name for name in top if name not in ("defaults", "hydra"))]
-        return f"there is no key {key!r}; choose one of {', '.join(choices)}.{nearest(key, choices)}"
-    settings = {
-        name
-        for path in (conf / node).glob("*.yaml")
-        for name in yaml.safe_load(path.read_text()) or {}
-        if not name.startswith("_")
-    }
-    return (
-        f"the chosen {node} has no setting {leaf!r}; 'clipbench run --cfg job' shows those it has."
-        f"{nearest(leaf, settings)}"
-    )
 
 
 def _list(argv: list[str]) -> int:
@@ -201,14 +206,17 @@ def _list(argv: list[str]) -> int:
     if what not in GROUPS:
         choices = (*GROUPS, "runs")
         raise UserError(f"cannot list {what!r}; choose one of {', '.join(choices)}.{nearest(what, choices)}")
+    if options:
+        raise UserError(f"clipbench list {what} takes nothing more, got {' '.join(options)}")
     from experiments.training.presets import conf_dir
 
-    paths = sorted((conf_dir() / what).glob("*.yaml"))
-    width = max((len(path.stem) for path in paths), default=0)
-    for path in paths:
+    folder = conf_dir() / what
+    paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    width = max(map(len, paths), default=0)
+    for name, path in sorted(paths.items()):
         comments = [line for line in path.read_text().splitlines() if line.startswith("# ")]
         told = [line for line in comments if not line.startswith("# @")]
-        print(f"{path.stem:<{width}}  {told[0][2:] if told else ''}")
+        print(f"{name:<{width}}  {told[0][2:] if told else ''}")
     return 0
 
 

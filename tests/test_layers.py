@@ -26,6 +26,7 @@ FLOORS = (
 ALLOWED = {
     "torch_clip": set(),
     "experiments.errors": set(),
+    "experiments.complaints": {"experiments.errors", "experiments.training.presets"},
     "experiments.runs": {"experiments.errors"},
     "experiments.tasks": {"experiments.errors", "torch_clip"},
     "experiments.training": {"experiments.errors", "experiments.runs", "experiments.tasks", "torch_clip"},

@@ -127,6 +127,8 @@ def _clipped_class(base: type[Optimizer]) -> type[Optimizer]:
             return {**super().state_dict(), "clipping": self.clipping.state_dict()}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if "clipping" in state_dict:
+                self.clipping.check_state(state_dict["clipping"])  # before anything is loaded
             super().load_state_dict(state_dict)
             if "clipping" in state_dict:
                 self.clipping.load_state_dict(state_dict["clipping"])

@@ -205,10 +205,14 @@ class Clipping:
             **self.threshold.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, which must come from the same method."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if ``state`` is of another method."""
         if state["method"] != type(self).__name__:
             raise ValueError(f"the state is of {state['method']}, this clipping is {type(self).__name__}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, which must come from the same method."""
+        self.check_state(state)
         self.threshold.load_state_dict(state)
         self._counts = [state["steps"], state["clipped_steps"], state["skipped_steps"]]
 

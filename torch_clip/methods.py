@@ -7,6 +7,7 @@ r"""The named methods: each picks a scope, a threshold and a gate.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch_clip.clipping import Clipping
 from torch_clip.gates import RandomGate
@@ -40,7 +41,18 @@ class NormClip(Clipping):
         super().__init__(Global(), Constant(threshold), nonfinite=nonfinite)
 
 
-class LinearRandNormClip(Clipping):
+class _RandNormClip(Clipping):
+    power: ClassVar[int]
+
+    def __init__(
+        self, threshold: float = 1.0, beta: float = 0.85, *, seed: int = 0, nonfinite: str = "skip"
+    ) -> None:
+        super().__init__(
+            Global(), Constant(threshold), RandomGate(beta, self.power, seed), nonfinite=nonfinite
+        )
+
+
+class LinearRandNormClip(_RandNormClip):
     r"""Clips the gradient norm at a constant, at random: the longer the gradient, the likelier.
 
     .. math::
@@ -59,13 +71,10 @@ class LinearRandNormClip(Clipping):
         TorchClippedOptimizers, 2022.
     """
 
-    def __init__(
-        self, threshold: float = 1.0, beta: float = 0.85, *, seed: int = 0, nonfinite: str = "skip"
-    ) -> None:
-        super().__init__(Global(), Constant(threshold), RandomGate(beta, 1, seed), nonfinite=nonfinite)
+    power = 1
 
 
-class QuadraticRandNormClip(Clipping):
+class QuadraticRandNormClip(_RandNormClip):
     r"""Clips the gradient norm at a constant, at random, more often than ``LinearRandNormClip``.
 
     .. math::
@@ -84,10 +93,7 @@ class QuadraticRandNormClip(Clipping):
         TorchClippedOptimizers, 2022.
     """
 
-    def __init__(
-        self, threshold: float = 1.0, beta: float = 0.85, *, seed: int = 0, nonfinite: str = "skip"
-    ) -> None:
-        super().__init__(Global(), Constant(threshold), RandomGate(beta, 2, seed), nonfinite=nonfinite)
+    power = 2
 
 
 class LayerWiseClip(Clipping):
@@ -165,7 +171,24 @@ class AutoClip(Clipping):
         super().__init__(Global(), Percentile(percentile, window), nonfinite=nonfinite)
 
 
-class LinearRandAutoClip(Clipping):
+class _RandAutoClip(Clipping):
+    power: ClassVar[int]
+
+    def __init__(
+        self,
+        percentile: float = 0.75,
+        beta: float = 0.85,
+        window: int | None = None,
+        *,
+        seed: int = 0,
+        nonfinite: str = "skip",
+    ) -> None:
+        super().__init__(
+            Global(), Percentile(percentile, window), RandomGate(beta, self.power, seed), nonfinite=nonfinite
+        )
+
+
+class LinearRandAutoClip(_RandAutoClip):
     r"""Clips at a percentile like ``AutoClip``, at random like ``LinearRandNormClip``.
 
     .. math::
@@ -185,21 +208,10 @@ class LinearRandAutoClip(Clipping):
         TorchClippedOptimizers, 2022.
     """
 
-    def __init__(
-        self,
-        percentile: float = 0.75,
-        beta: float = 0.85,
-        window: int | None = None,
-        *,
-        seed: int = 0,
-        nonfinite: str = "skip",
-    ) -> None:
-        super().__init__(
-            Global(), Percentile(percentile, window), RandomGate(beta, 1, seed), nonfinite=nonfinite
-        )
+    power = 1
 
 
-class QuadraticRandAutoClip(Clipping):
+class QuadraticRandAutoClip(_RandAutoClip):
     r"""Clips at a percentile like ``AutoClip``, at random like ``QuadraticRandNormClip``.
 
     .. math::
@@ -219,18 +231,7 @@ class QuadraticRandAutoClip(Clipping):
         TorchClippedOptimizers, 2022.
     """
 
-    def __init__(
-        self,
-        percentile: float = 0.75,
-        beta: float = 0.85,
-        window: int | None = None,
-        *,
-        seed: int = 0,
-        nonfinite: str = "skip",
-    ) -> None:
-        super().__init__(
-            Global(), Percentile(percentile, window), RandomGate(beta, 2, seed), nonfinite=nonfinite
-        )
+    power = 2
 
 
 CLIPPINGS: dict[str, type[Clipping]] = {

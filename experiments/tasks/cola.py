@@ -87,8 +87,8 @@ class CoLA(Task):
         ):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        self._encoder = Checkpoint(name_or_path) if name_or_path else WordBert(config)
-        self._data_dir = None if data_dir is None else Path(data_dir).expanduser()
+        self._encoder = Checkpoint(str(name_or_path)) if name_or_path else WordBert(config)
+        self._data_dir = None if data_dir is None else Path(str(data_dir)).expanduser()
         self._source = source
         self._batch_size = batch_size
         self._max_length = max_length
@@ -300,15 +300,19 @@ def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def missing_for_paper(data_dir: str | None) -> str | None:
-    """What the paper preset needs that is neither here nor can be fetched; None if nothing is."""
+def missing_for_paper(given: Mapping[str, str]) -> str | None:
+    """What the paper preset needs that is neither given, nor here, nor can be fetched; None if nothing is.
+
+    Args:
+        given: settings of the command line.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if reachable():
         return None
     missing = []
-    if not try_to_load_from_cache(PAPER_MODEL, "config.json"):
+    if "task.model.name_or_path" not in given and not try_to_load_from_cache(PAPER_MODEL, "config.json"):
         missing.append(f"{PAPER_MODEL} (give task.model.name_or_path)")
-    if data_dir is None and not try_to_load_from_cache(HUB_DATA, "README.md", repo_type="dataset"):
+    if "data_dir" not in given and not try_to_load_from_cache(HUB_DATA, "README.md", repo_type="dataset"):
         missing.append("CoLA (give data_dir)")
     return f"{' and '.join(missing)}: not in {looked_at()}" if missing else None

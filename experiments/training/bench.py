@@ -121,7 +121,14 @@ def _contenders(
 ) -> dict[str, Callable[[], Any]]:
     norms = tensor_norms(Grads(params))
     total = float(torch.linalg.vector_norm(norms))
-    plain, stock = make(params), make(params)
+    plain = make(params)
+
+    def optimizer() -> Optimizer:
+        other = make(params)
+        other.state = plain.state  # what is in it costs no time, but a copy for each would fill the memory
+        return other
+
+    stock = optimizer()
 
     def norm_alone() -> None:
         float(torch.linalg.vector_norm(tensor_norms(Grads(params))))
@@ -136,14 +143,14 @@ def _contenders(
             clipping = _tuned(method, clips, total, float(norms.median()))
             if clipping is not None:
                 name = f"{method}, {'clipped' if clips else 'not clipped'}"
-                steps[name] = torch_clip.clip(make(params), clipping).step
+                steps[name] = torch_clip.clip(optimizer(), clipping).step
     if "coordinate_wise" in methods:
         clipping = CLIPPINGS["coordinate_wise"](5e-3, measure=False, nonfinite="propagate")
-        steps["coordinate_wise (measure=False), clipped"] = torch_clip.clip(make(params), clipping).step
+        steps["coordinate_wise (measure=False), clipped"] = torch_clip.clip(optimizer(), clipping).step
     if "auto_clip" in methods:
         for recorded in (1_000, 1_000_000):
             clipping = _tuned("auto_clip", True, total, 0.0, recorded)
-            steps[f"auto_clip, {recorded:,} norms"] = torch_clip.clip(make(params), clipping).step
+            steps[f"auto_clip, {recorded:,} norms"] = torch_clip.clip(optimizer(), clipping).step
     return steps
 
 

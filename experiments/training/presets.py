@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ class Presets:
 
     Args:
         chosen: name given on the command line, or None.
-        data_dir: given on the command line: the data is at hand then.
+        given: settings of the command line, which may say where data and weights are.
     """
 
-    def __init__(self, chosen: str | None, data_dir: str | None) -> None:
+    def __init__(self, chosen: str | None, given: Mapping[str, str]) -> None:
         self.chosen = chosen
-        self.data_dir = data_dir
+        self.given = {key: value for key, value in given.items() if value != "null"}
         self.complaint: UserError | None = None
         """What ``value`` raised, which Hydra does not pass on."""
 
@@ -41,7 +42,7 @@ class Presets:
 
         if not torch.cuda.is_available():
             return "mini", "there is no CUDA device; preset=paper runs the full one on any device"
-        missing = _missing_for_paper(task, self.data_dir)
+        missing = _missing_for_paper(task, self.given)
         if missing:
             return "mini", f"preset=paper lacks {missing}"
         return "paper", "there is a CUDA device and the data is at hand; preset=mini runs in seconds"
@@ -63,8 +64,8 @@ class Presets:
         return sorted(path.stem for path in (conf_dir() / "preset" / task).glob("*.yaml"))
 
 
-def _missing_for_paper(task: str, data_dir: str | None) -> str | None:
+def _missing_for_paper(task: str, given: Mapping[str, str]) -> str | None:
     """What the task's paper preset would have to fetch and cannot; tried once, at launch."""
     import importlib
 
-    return importlib.import_module(f"experiments.tasks.{task}").missing_for_paper(data_dir)
+    return importlib.import_module(f"experiments.tasks.{task}").missing_for_paper(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -28,6 +29,7 @@ from experiments.training.clock import Clock, clock_for
 from experiments.training.progress import Progress
 from experiments.training.train import Budget, Diverged, Record, train
 
+LARGEST = 2**31 - 1
 CHOICES = ("task", "preset", "optimizer", "clipping", "scheduler", "experiment")
 
 
@@ -81,8 +83,12 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
     scheduler = _construct(cfg.scheduler, "scheduler")(optimizer=optimizer)
 
     facts = {"code": _code_version(), "threads": torch.get_num_threads()}
-    with place.lock():
-        place.start(frozen, **facts)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(place.lock())
+            place.start(frozen, **facts)
+        except OSError as error:
+            raise UserError(f"results_dir: cannot write {error.filename}: {error.strerror}") from None
         clock = clock_for(device)
         steps = functools.partial(
             train, task, model, optimizer, scheduler, budget, seed=config["seed"], device=device, clock=clock
@@ -105,8 +111,6 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
             "versions": _versions(),
         }
         place.finish(status, summary, message)
-    if status == "killed":
-        raise KeyboardInterrupt
     return Outcome(place, status, message or _headline(summary), fresh=True)
 
 
@@ -140,10 +144,12 @@ def _record(steps: Callable[[], Any], place: Run, progress: Progress) -> tuple[s
     except Diverged as diverged:
         return "diverged", str(diverged), kept
     except KeyboardInterrupt:
-        return "killed", "interrupted", kept
+        return "killed", "interrupted; the same command starts it again", kept
     except torch.OutOfMemoryError as error:
         hint = "lower task.batch_size or choose a smaller model"
         return "oom", f"{str(error).splitlines()[0]}; {hint}", kept
+    except torch_clip.NonFiniteGradientError as error:  # asked for, by nonfinite=error
+        return "error", str(error), kept
     except Exception as error:
         traceback.print_exc()
         return "error", f"{type(error).__name__}: {error}", kept
@@ -158,7 +164,8 @@ def _construct(node: DictConfig, what: str) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{what}: {_first_line(cause)}") from None
+        settings = {name: value for name, value in node.items() if not str(name).startswith("_")}
+        raise UserError(f"{what}: {_one_line(cause)}{_given(settings)}") from None
     return functools.partial(_call, made, what) if isinstance(made, functools.partial) else made
 
 
@@ -166,13 +173,16 @@ def _call(made: functools.partial, what: str, **objects: Any) -> Any:
     try:
         return made(**objects)
     except (TypeError, ValueError) as error:
-        settings = ", ".join(f"{name}={value}" for name, value in made.keywords.items())
-        raise UserError(f"{what}: {_first_line(error)}; given {settings}") from None
+        raise UserError(f"{what}: {_one_line(error)}{_given(made.keywords)}") from None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _given(settings: dict[str, Any]) -> str:
+    told = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return f"; given {told}" if told else ""
 
 
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -183,12 +193,20 @@ def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 def _budget(config: dict[str, Any]) -> Budget:
     for key, least in (("max_steps", 1), ("eval_every", 1), ("log_every", 1), ("seed", 0)):
         value = config[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{key} must be a whole number from {least}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+            raise UserError(f"{key} must be a whole number from {least} to {LARGEST}, got {value!r}")
+    results_dir = config["results_dir"]
+    if not isinstance(results_dir, str) or not results_dir:
+        raise UserError(f"results_dir must be a folder, got {results_dir!r}")
+    place = Path(results_dir).absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"results_dir: cannot write {place}: {there} is no folder")
     for key in ("force", "quiet"):
         if not isinstance(config[key], bool):
             raise UserError(f"{key} must be true or false, got {config[key]!r}")
-    return Budget(config["max_steps"], config["eval_every"], config["log_every"])
+    max_steps = config["max_steps"]
+    return Budget(max_steps, config["eval_every"], min(config["log_every"], max_steps))
 
 
 def _device(name: str) -> torch.device:
@@ -213,8 +231,8 @@ def _without_paths(node: Any, files: list[Path]) -> Any:
         return {key: _without_paths(value, files) for key, value in node.items()}
     if isinstance(node, list):
         return [_without_paths(value, files) for value in node]
-    if isinstance(node, str) and os.path.exists(node):
-        path = Path(node).resolve()
+    if isinstance(node, str) and os.path.exists(os.path.expanduser(node)):
+        path = Path(node).expanduser().resolve()
         if any(path == file.resolve() or path in file.resolve().parents for file in files):
             return "<input>"
     return node

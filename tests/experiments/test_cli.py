@@ -157,7 +157,59 @@ def test_a_sweep_runs_every_combination_and_a_bad_one_stops_no_other(capsys):
     argv = ["run", "-m", "clipping=norm,auto_clip", "seed=0,1,-1", *SHORT]
     assert clipbench(*argv) == 2
     assert len(find_runs("results/runs")) == 4
-    assert capsys.readouterr().err.count("seed must be a whole number from 0, got -1") == 2
+    assert capsys.readouterr().err.count("got -1") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["clipping=nrm,auto_clip"], "Did you mean 'norm'?"),
+        (["clipping=norm", "clipping.threshold=-1,-2"], "threshold must be in [0, inf], got -2"),
+        (["clipping=norm", "clipping.treshold=1,2"], "Did you mean 'threshold'?"),
+        (["results_dir=/dev/null/x", "seed=0,1"], "results_dir: cannot write"),
+        (["preset=mini,paper"], "one preset a launch"),
+        (["seed=0,1", "--cfg", "job"], "leave out -m"),
+    ],
+)
+def test_a_sweep_of_bad_input_leaves_nothing_behind(settings, message, tmp_path, capsys):
+    assert clipbench("run", "-m", *settings, *SHORT) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_says_so_and_starts_again(monkeypatch, capsys):
+    from experiments.training import run as runner
+
+    def interrupted(*args, **kwargs):
+        yield [{"step": 1, "epoch": 0.1, "lr": 0.1, "train/loss": 1.0, "clipped": 0.0}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "train", interrupted)
+    assert clipbench("run", *SHORT) == 130
+    run = the_run()
+    assert run.status["status"] == "killed"
+    assert capsys.readouterr().out.splitlines() == [
+        "killed: interrupted; the same command starts it again",
+        str(run.path),
+    ]
+    monkeypatch.undo()
+    monkeypatch.chdir(run.path.parents[6])
+    assert clipbench("run", *SHORT) == 0
+    run.curves_path.unlink()  # as if interrupted while drawing
+    assert clipbench("run", *SHORT) == 0
+    assert run.curves_path.exists()
+
+
+def test_nonfinite_error_names_the_parameter_without_a_traceback(capsys):
+    argv = ["clipping=norm", "clipping.nonfinite=error", "optimizer=sgd", "optimizer.lr=1e38"]
+    argv += ["max_steps=60", "eval_every=60", *SHORT[2:]]
+    assert clipbench("run", *argv) == 1
+    told = capsys.readouterr()
+    assert "bert.embeddings" in told.out
+    assert "Traceback" not in told.err
+    assert the_run().status["status"] == "error"
+    assert clipbench("run", *argv) == 1
+    assert "already error: failed before" in capsys.readouterr().out
 
 
 BAD_INPUT = {
@@ -166,14 +218,31 @@ BAD_INPUT = {
     "optimizer=sdg": "Did you mean 'sgd'?",
     "preset=papre": "it has mini, paper, reference. Did you mean 'paper'?",
     "cliping=norm": "there is no key 'cliping'; choose one of task,",
-    "optimizer.lrr=0.1": "the chosen optimizer has no setting 'lrr'",
-    "clipping.percentil=0.5": "Did you mean 'percentile'?",
+    "optimizer.lrr=0.1": "the chosen optimizer has no setting 'lrr'; the settings are lr, betas,",
+    "task.model.nam_or_path=x": "has no setting 'nam_or_path'; the settings are name_or_path, config.",
+    "preset.lr.sgdd=1": "the chosen preset.lr has no setting 'sgdd'; the settings are sgd, adam, adamw",
+    "hydra/launcher=jobblib": "there is no hydra/launcher 'jobblib'; choose one of basic",
+    "optimizer=SGDD": "Did you mean 'sgd'?",
+    "~clipping": "nothing can be taken out",
+    "seed=0,1": "several values make a sweep, which -m asks for",
+    "seed=18446744073709551616": "seed must be a whole number from 0 to 2147483647, got 18446744073709551616",
+    "log_every=99999999999": "log_every must be a whole number from 1 to 2147483647",
+    "results_dir=": "results_dir must be a folder, got ''",
+    "results_dir=null": "results_dir must be a folder, got None",
+    "results_dir=/dev/null/x": "results_dir: cannot write /dev/null/x",
+    "task.model.name_or_path=5": "5",
+    "data_dir=2024": "2024",
+    "clipping._target_=nope.X": "No module named 'nope'",
+    "clipping.percentile=abc": "given percentile=abc",
+    "optimizer.lr=abc": "given lr=abc",
+    "clipping.percentil=0.5": "window, nonfinite. Did you mean 'percentile'?",
+    "clipping.threshold=0.5": "the settings of auto_clip are percentile, window, nonfinite.",
     "clipping.percentile=75": "percentile must be in (0, 1], got 75; for the 75th percentile give 0.75",
     "optimizer.lr=-1": "Invalid learning rate: -1",
     "+optimizer.lamda=3": "unexpected keyword argument 'lamda'",
-    "max_steps=0": "max_steps must be a whole number from 1, got 0",
-    "max_steps=many": "max_steps must be a whole number from 1, got 'many'",
-    "seed=1.5": "seed must be a whole number from 0, got 1.5",
+    "max_steps=0": "max_steps must be a whole number from 1 to 2147483647, got 0",
+    "max_steps=many": "max_steps must be a whole number from 1 to 2147483647, got 'many'",
+    "seed=1.5": "seed must be a whole number from 0 to 2147483647, got 1.5",
     "device=cuda:7": "device=cuda:7: there are",
     "device=gpu": "device must be auto, cpu, cuda or cuda:N, got 'gpu'",
     "data_dir=nowhere": "nowhere",
@@ -181,7 +250,7 @@ BAD_INPUT = {
     "task.model.name_or_path=.": "config.json",
     "clipping.nonfinite=ignore": "nonfinite must be one of skip, propagate, error",
     "optimizer.lr=": "optimizer",
-    "optimizer.lr=[": "optimizer.lr=[",
+    "optimizer.lr=[": "cannot read 'optimizer.lr=[': put the value in quotes",
 }
 
 
@@ -211,7 +280,7 @@ def test_list_shows_every_option_with_a_line_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == set(CLIPPINGS)
     assert all(len(line.split()) > 2 for line in lines)
-    for group in ("task", "optimizer", "scheduler", "experiment"):
+    for group in ("task", "optimizer", "scheduler", "preset", "experiment"):
         assert clipbench("list", group) == 0
         for line in capsys.readouterr().out.splitlines():
             assert len(line.split()) > 2, line

@@ -22,19 +22,19 @@ from experiments.training.presets import Presets, conf_dir
 def test_default_is_paper_where_it_can_run(monkeypatch, cuda, missing, chosen, name, why):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(cola, "missing_for_paper", lambda data_dir: asked.append(data_dir) or missing)
-    presets = Presets(chosen, "some/folder")
+    monkeypatch.setattr(cola, "missing_for_paper", lambda given: asked.append(given) or missing)
+    presets = Presets(chosen, {"data_dir": "some/folder", "task.model.name_or_path": "null"})
     for _ in range(2):
         found, told = presets.name("cola")
     assert found == name
     assert why in told
-    assert asked == (["some/folder"] if cuda else [])  # tried once a launch
+    assert asked == ([{"data_dir": "some/folder"}] if cuda else [])  # tried once a launch
 
 
 def test_preset_gives_the_defaults_of_its_groups():
-    assert Presets("paper", None).value("optimizer", "cola") == "adam"
-    assert Presets("reference", None).value("scheduler", "cola") == "linear"
-    presets = Presets("papre", None)
+    assert Presets("paper", {}).value("optimizer", "cola") == "adam"
+    assert Presets("reference", {}).value("scheduler", "cola") == "linear"
+    presets = Presets("papre", {})
     with pytest.raises(UserError, match="task cola has no preset 'papre'; it has mini, paper, reference"):
         presets.value("optimizer", "cola")
     assert presets.complaint is not None
@@ -43,12 +43,13 @@ def test_preset_gives_the_defaults_of_its_groups():
 def test_without_network_or_cache_the_message_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(cola, "reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
-    told = cola.missing_for_paper(None)
+    told = cola.missing_for_paper({})
     assert "bert-base-uncased (give task.model.name_or_path)" in told
     assert "CoLA (give data_dir)" in told
-    assert "CoLA" not in cola.missing_for_paper("somewhere").replace("model", "")
+    assert "CoLA" not in cola.missing_for_paper({"data_dir": "somewhere"})
+    assert cola.missing_for_paper({"data_dir": "somewhere", "task.model.name_or_path": "my-bert"}) is None
     monkeypatch.setattr(cola, "reachable", lambda: True)
-    assert cola.missing_for_paper(None) is None
+    assert cola.missing_for_paper({}) is None
 
 
 def test_every_task_has_presets_that_give_what_the_options_refer_to():
