@@ -302,3 +302,47 @@ def test_error_and_resume_on_cuda(name):
             param.grad = torch.full_like(param, 1.0 + k)
             clipping.clip_([param])
     assert [float(v) for v in one.telemetry] == [float(v) for v in other.telemetry]
+
+
+@cuda
+@pytest.mark.parametrize("name", CLIPPINGS)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_captured_step_replays_as_eager(name, optimizer):
+    """A CUDA graph of the step does what the step does, draws and bounded histories included."""
+    settings = {"window": 8} if "auto" in name else {}
+    options = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 0.1, "capturable": True}}[optimizer]
+    finals = []
+    for captured in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.ones(size, device="cuda")) for size in (3, 50)]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        clipped = clip(
+            getattr(torch.optim, optimizer)(params, fused=True, **options), CLIPPINGS[name](**settings)
+        )
+
+        def feed(params=params, generator=generator):
+            scale = 3 * torch.rand((), generator=generator).item()
+            for param in params:
+                param.grad.copy_(scale * torch.randn(param.shape, generator=generator))
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                feed()
+                clipped.step()
+        torch.cuda.current_stream().wait_stream(side)
+        step = clipped.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                clipped.step()
+            step = graph.replay
+        for _ in range(20):
+            feed()
+            step()
+        assert clipped.clipping.state_dict()["steps"] == 23
+        finals.append([param.detach().cpu() for param in params])
+    for eager, replayed in zip(*finals, strict=True):
+        assert torch.equal(eager, replayed)
