@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-import platform
-import resource
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +20,9 @@ from experiments import runs
 from experiments.errors import UserError
 from experiments.runs import Run
 from experiments.tasks.base import Task
-from experiments.training.clock import Clock, clock_for
+from experiments.training.clock import clock_for
 from experiments.training.progress import Progress
+from experiments.training.summary import code_version, cost, headline, results, versions
 from experiments.training.train import Budget, Diverged, Record, train
 
 LARGEST = 2**31 - 1
@@ -82,7 +78,7 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
         raise UserError(f"clipping: {error}") from None
     scheduler = _construct(cfg.scheduler, "scheduler")(optimizer=optimizer)
 
-    facts = {"code": _code_version(), "threads": torch.get_num_threads()}
+    facts = {"code": code_version(), "threads": torch.get_num_threads()}
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(place.lock())
@@ -103,15 +99,15 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
             "status": status,
             "seed": config["seed"],
             "metric": task.metric,
-            **_results(records, task.metric),
+            **results(records, task.metric),
             "clip_unit": clipping.unit,
             "skipped_steps": int(clipping.telemetry.skipped_steps) if clipping.telemetry else 0,
-            **_cost(clock, records, device),
+            **cost(clock, records, device),
             **facts,
-            "versions": _versions(),
+            "versions": versions(),
         }
         place.finish(status, summary, message)
-    return Outcome(place, status, message or _headline(summary), fresh=True)
+    return Outcome(place, status, message or headline(summary), fresh=True)
 
 
 def _already(place: Run, force: bool) -> Outcome | None:
@@ -121,9 +117,9 @@ def _already(place: Run, force: bool) -> Outcome | None:
         return None
     name = status["status"]
     if name in runs.FINISHED:
-        told = status.get("message") or _headline(place.summary())
+        told = status.get("message") or headline(place.summary())
         code = status.get("code")
-        if code and code != (now := _code_version()):
+        if code and code != (now := code_version()):
             told += f" (made by code {code}, this is {now}; force=true runs it anew)"
         return Outcome(place, name, told, fresh=False)
     if name in ("oom", "error"):
@@ -236,70 +232,3 @@ def _without_paths(node: Any, files: list[Path]) -> Any:
         if any(path == file.resolve() or path in file.resolve().parents for file in files):
             return "<input>"
     return node
-
-
-def _results(records: list[Record], metric: str) -> dict[str, Any]:
-    """Final and best evaluation, and what clipping did."""
-    steps = [record for record in records if "lr" in record]
-    evaluations = [record for record in records if "lr" not in record]
-    best = max(evaluations, key=lambda record: record[f"val/{metric}"], default=None)
-    return {
-        "steps": steps[-1]["step"] if steps else 0,
-        "final": evaluations[-1] if evaluations else {},
-        "best": {"step": best["step"], "value": best[f"val/{metric}"]} if best else {},
-        "clip_fraction": sum(record["clipped"] for record in steps) / len(steps) if steps else math.nan,
-    }
-
-
-def _cost(clock: Clock, records: list[Record], device: torch.device) -> dict[str, Any]:
-    clock.settle()
-    steps = sum("lr" in record for record in records)
-    seconds = sum(clock.seconds.values())
-    on_cuda = device.type == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = (
-        torch.cuda.max_memory_allocated(device)
-        if on_cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    )
-    return {
-        "seconds": seconds,
-        "steps_per_second": steps / seconds if seconds else math.nan,
-        "time": clock.seconds,
-        "peak_memory_bytes": peak,
-        "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu, {platform.machine()}",
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "hydra-core", "numpy", "torch-clip")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-@functools.cache
-def _code_version() -> str | None:
-    """The git commit this package runs from, marked if edited since; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=False)
-    try:
-        tracked = git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
-        if tracked.returncode:
-            return None
-        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-    except FileNotFoundError:
-        return None
-    return commit + ("+edited" if dirty else "")
-
-
-def _headline(summary: dict[str, Any]) -> str:
-    """One line: final and best metric, clip fraction, speed."""
-    metric = summary["metric"]
-    final, best = summary["final"], summary["best"]
-    return (
-        f"{metric} {final[f'val/{metric}']:.4f} (best {best['value']:.4f} at step {best['step']}), "
-        f"clipped {100 * summary['clip_fraction']:.3g}% of {summary['clip_unit']}, "
-        f"{summary['steps']} steps at {summary['steps_per_second']:.1f} per second"
-    )

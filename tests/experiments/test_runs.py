@@ -429,10 +429,11 @@ class TestLock:
         code = "import sys; from experiments.runs import Run; run = Run(sys.argv[1])\nwhile run.status: pass"
         reader = subprocess.Popen([sys.executable, "-c", code, str(run.path)])
         try:
-            deadline = time.monotonic() + 1
+            deadline, taken = time.monotonic() + 1, 0
             while time.monotonic() < deadline:
-                with run.lock():
-                    pass
+                with run.lock():  # raises RunLocked if the reader's moment counts as a run
+                    taken += 1
+            assert taken > 100
         finally:
             reader.kill()
             reader.wait()
