@@ -152,7 +152,8 @@ class Recorder:
     COLUMNS = ("train/loss", "grad_norm", "threshold", "clip_coef", "clipped")
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._device_rows = torch.empty(rows, len(self.COLUMNS), device=device)
+        self._host = device.type == "cpu"
+        self._device_rows = torch.empty(0 if self._host else rows, len(self.COLUMNS), device=device)
         self._known: list[Record] = []
         self._bad_losses = 0
 
@@ -160,7 +161,7 @@ class Recorder:
         """Remember one step: what the host knows, the loss, and what the clipping did."""
         told = optimizer.clipping.telemetry
         values = (loss.detach(), told.grad_norm, told.threshold, told.clip_coef, told.clipped)
-        if loss.is_cpu:
+        if self._host:
             known |= {name: float(value) for name, value in zip(self.COLUMNS, values, strict=True)}
         else:
             row = self._device_rows[len(self._known)]
@@ -171,7 +172,7 @@ class Recorder:
     def flush(self) -> list[Record]:
         """Records since the last flush; here the host waits for the device."""
         records, self._known = self._known, []
-        if records and not self._device_rows.is_cpu:
+        if not self._host:
             for record, row in zip(records, self._device_rows[: len(records)].tolist(), strict=True):
                 record |= zip(self.COLUMNS, row, strict=True)
         for record in records:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from experiments.training.clock import PARTS, HostClock
+from experiments.training.clock import PARTS, CudaClock, HostClock
 from experiments.training.progress import Progress
 from experiments.training.train import DIVERGED_AFTER, Diverged, Recorder
 from torch_clip import ClippedSGD
@@ -35,10 +35,53 @@ def test_clock_gives_each_part_its_time_and_nothing_between_stretches():
     assert clock.seconds == dict(zip(PARTS, (3.0, 6.0, 12.0, 24.0), strict=True))
 
 
-def recorded(losses: list[float]) -> Recorder:
+def test_cuda_clock_reads_its_marks_only_when_settled(monkeypatch):
+    time, waits = FakeTime(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.now
+
+        def synchronize(self):
+            waits.append(time.now)
+
+        def elapsed_time(self, later):
+            return 1e3 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = CudaClock()
+    for _ in range(2):
+        for _ in range(2):
+            clock.start()
+            for seconds, part in zip((1.0, 2.0, 4.0, 8.0), PARTS, strict=True):
+                time.now += seconds
+                clock.lap(part)
+            time.now += 100.0
+        assert len(waits) == sum(clock.seconds.values()) / 30
+        clock.settle()
+    clock.settle()
+    assert clock.seconds == dict(zip(PARTS, (4.0, 8.0, 16.0, 32.0), strict=True))
+
+
+def test_rows_that_wait_on_the_device_come_over_as_the_same_records(monkeypatch):
+    losses = [0.5, 0.25, math.nan]
+    here = recorded(losses).flush()
+    for module in ("scalars", "norms"):
+        monkeypatch.setattr(f"torch_clip.{module}.on_host", lambda tensor: False)
+    there = recorded(losses, host=False)
+    assert str(there.flush()) == str(here)
+    assert there.flush() == []
+
+
+def recorded(losses: list[float], *, host: bool = True) -> Recorder:
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = ClippedSGD([weight], lr=0.1)
     recorder = Recorder(len(losses), torch.device("cpu"))
+    if not host:  # as on a device, in tensors that happen to lie here
+        recorder._host, recorder._device_rows = False, torch.empty(len(losses), len(Recorder.COLUMNS))
     for step, loss in enumerate(losses, 1):
         weight.grad = torch.tensor([2.0])
         optimizer.step()
