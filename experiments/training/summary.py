@@ -52,11 +52,16 @@ def cost(clock: Clock, records: list[Record], device: torch.device) -> dict[str,
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import version
+    """Versions of what the numbers depend on; "unknown" of what runs without being installed."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    packages = ("torch", "transformers", "hydra-core", "numpy", "torch-clip")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "hydra-core", "numpy", "torch-clip"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
 
 
 @functools.cache

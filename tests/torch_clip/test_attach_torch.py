@@ -256,6 +256,8 @@ def test_propagate_lets_it_through(name, path, fused, parameters, device_path):
 @pytest.mark.parametrize("name", CLIPPINGS)
 def test_other_dtypes(name, dtype, fused, path, parameters, device_path):
     # B17: a norm of 316 in float16 is no infinity.
+    if fused and not torch_steps_fused_in(dtype):
+        pytest.skip("this torch's own fused SGD leaves half-precision parameters where they are")
     if path == "device":
         device_path()
     params = parameters([10.0] * 1000, dtype=dtype)
@@ -270,6 +272,14 @@ def test_other_dtypes(name, dtype, fused, path, parameters, device_path):
         rtol=1e-2,
         atol=1e-2,
     )
+
+
+def torch_steps_fused_in(dtype) -> bool:
+    """torch 2.11 on a CPU updates only the last few elements of a long half-precision tensor."""
+    param = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    torch.optim.SGD([param], lr=1.0, fused=True).step()
+    return not param.any()
 
 
 def test_complex_parameters(parameters):
