@@ -81,10 +81,13 @@ def test_a_host_read_is_found():
 
 
 def fused_on_cuda(optimizer, params, **settings):
+    probe = optimizer([torch.nn.Parameter(torch.zeros_like(params[0]))], lr=0.1, fused=True)
+    probe.param_groups[0]["params"][0].grad = torch.zeros_like(params[0])
     try:
-        return optimizer(params, lr=0.1, fused=True, **settings)
+        probe.step()
     except RuntimeError as error:  # Adagrad in torch 2.11
         pytest.skip(f"this torch: {error}")
+    return optimizer(params, lr=0.1, fused=True, **settings)
 
 
 @pytest.mark.parametrize("optimizer", FUSED)
