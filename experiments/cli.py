@@ -265,8 +265,11 @@ def _bench(argv: list[str]) -> int:
         for word in asked[name]:
             if word not in choices:
                 raise UserError(f"--{name} takes {', '.join(choices)}, got {word!r}.{nearest(word, choices)}")
-    if args.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, got {args.rounds}")
+    for name in ("rounds", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device takes cpu, or cuda where there is one, got {args.device!r}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows, place = bench(

@@ -95,7 +95,7 @@ def _restoring(step: Callable[..., Any], owner: weakref.ref[Optimizer]) -> Calla
         try:
             return step(*args, **kwargs)
         finally:
-            _restore(owner())
+            _end_step(owner())
 
     return restoring_step
 
@@ -115,7 +115,7 @@ def _clipped_class(base: type[Optimizer]) -> type[Optimizer]:
             try:
                 return super().step(*args, **kwargs)
             finally:
-                _restore(self)  # the post-hook does not run when the step raises
+                _end_step(self)  # the post-hook does not run when the step raises
 
         step.hooked = True  # the base's step runs the hooks; wrapping this one too would run them twice
 
@@ -123,13 +123,13 @@ def _clipped_class(base: type[Optimizer]) -> type[Optimizer]:
             _refuse_clipping_keys(param_group)
             super().add_param_group(param_group)
 
-        def state_dict(self) -> dict[str, Any]:
-            return {**super().state_dict(), "clipping": self.clipping.state_dict()}
+        def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return {**super().state_dict(*args, **kwargs), "clipping": self.clipping.state_dict()}
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             if "clipping" in state_dict:
                 self.clipping.check_state(state_dict["clipping"])  # before anything is loaded
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict, *args, **kwargs)
             if "clipping" in state_dict:
                 self.clipping.load_state_dict(state_dict["clipping"])
             else:
@@ -177,6 +177,9 @@ def _register_hooks(optimizer: Optimizer) -> None:
 
 @torch.compiler.disable  # traced, grad_scale would be set and then ignored by the compiled step
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    if optimizer.__dict__.get("_stepping"):
+        return None  # a subclass whose step calls that of its base, which has hooks too
+    optimizer._stepping = True
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         if not _only_makes_state(optimizer, kwargs):
@@ -212,6 +215,11 @@ def _only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
 
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    _end_step(optimizer)
+
+
+def _end_step(optimizer: Optimizer) -> None:
+    optimizer.__dict__.pop("_stepping", None)
     _restore(optimizer)
 
 
@@ -233,13 +241,15 @@ def _clip(optimizer: Optimizer) -> None:
 
     skip = clipping.must_skip(measured)
     fused = optimizer._step_can_fuse and all(group["fused"] for group in optimizer.param_groups)
+    # A method with a scaling of its own cannot leave it to the kernel.
+    by_kernel = fused and isinstance(clipping.scope, Global) and type(clipping).scale_ is Clipping.scale_
     if not fused and clipping.nonfinite == "skip" and isinstance(measured.finite, Tensor):
         skip = not measured.finite  # the one flag that the host must read
     if skip:
         _hide_grads(optimizer, grads)
         clipping.record(measured, 1.0, 0.0)
         return
-    if not (fused and isinstance(clipping.scope, Global)):
+    if not by_kernel:
         clipping.scale_(grads, measured)
     else:
         coef = clipping.coef(measured) if grads.tensors else 1.0

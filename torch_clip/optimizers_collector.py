@@ -129,18 +129,33 @@ class OptimizersCollectorWithRestarts(OptimizersCollector):
     Args:
         model_properties: the model.
         optimizers_properties: the optimizers.
-        restart_properties: a restarter for each optimizer; None where there shall be none.
-        **kwargs: of ``OptimizersCollector``.
+        restart_properties: one for all optimizers, or one for each, None where there shall be none.
+        start_point_random_seed: as in ``OptimizersCollector``.
+        history_random_seed: as in ``OptimizersCollector``.
+        bs_muls: as in ``OptimizersCollector``.
+        lr_decays: as in ``OptimizersCollector``.
     """
 
     def __init__(
         self,
         model_properties: ModelProperties,
         optimizers_properties: Sequence[OptimizerProperties],
-        restart_properties: Sequence[RestartProperties | None],
-        **kwargs: Any,
+        restart_properties: RestartProperties | Sequence[RestartProperties | None],
+        start_point_random_seed: int = 42,
+        history_random_seed: int = 42,
+        bs_muls: Sequence[float] | None = None,
+        lr_decays: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(model_properties, optimizers_properties, **kwargs)
+        super().__init__(
+            model_properties,
+            optimizers_properties,
+            start_point_random_seed,
+            history_random_seed,
+            bs_muls,
+            lr_decays,
+        )
+        if isinstance(restart_properties, RestartProperties):
+            restart_properties = [restart_properties] * len(self.optimizers_properties)
         restarts = self._one_each("restart_properties", restart_properties)
         self._restarters = [
             restart and restart.restart_class(optimizer_properties=properties, **restart.get_kwargs())

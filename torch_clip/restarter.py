@@ -1,4 +1,8 @@
-"""Restarts: go on from the average, or the last output, of the steps since the last restart."""
+"""Restarts: go on from the average, or the last output, of the steps since the last restart.
+
+Averages are of parameters. Buffers stay as they are: after a restart from an average a model with BatchNorm
+wants its running statistics anew, see ``torch.optim.swa_utils.update_bn``.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +99,7 @@ class RestartScheduler:
         factor: growth of a stage, at least 1; 1 is the papers' constant interval.
         max_interval: cap of a stage's steps; None for none.
         output: ``"average"`` of the points of the stage (R-clipped-SGD), or the ``"last"`` one
-            (R-clipped-SSTM, whose output is y).
+            (R-clipped-SSTM, whose output is y); None is the paper's for the optimizer.
         threshold_decay: in (0, 1], multiplies the clipping's constant threshold at each restart; the papers'
             is :math:`2^{-1/2}`.
 
@@ -109,9 +113,11 @@ class RestartScheduler:
         first: int = 100,
         factor: float = 1.0,
         max_interval: int | None = None,
-        output: str = "average",
+        output: str | None = None,
         threshold_decay: float = 1.0,
     ) -> None:
+        if output is None:
+            output = "last" if isinstance(optimizer, SSTM) else "average"
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         if not 0 < threshold_decay <= 1:
@@ -163,7 +169,7 @@ class RestartScheduler:
 
 
 class Restarter:
-    """Restarts from the mean of the points since the last restart, at growing intervals.
+    """Restarts from the mean of the points since the last restart, at growing intervals; SSTM from its y.
 
     Call ``add_coords`` and then ``make_restart`` after each optimizer step.
 
@@ -209,7 +215,10 @@ class Restarter:
             known = set(map(id, model.parameters()))
             if any(id(param) not in known for param in self._mean._params):
                 raise ValueError("add_coords was given parameters of another model")
-            self._mean.write_back()
+            if isinstance(optimizer, SSTM):
+                optimizer.eval()  # the paper restarts it from its output y, which is an average already
+            else:
+                self._mean.write_back()
             self._mean.clear()
             self._interval.next()
             reset_optimizer(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,7 +40,7 @@ def estimate_smoothness(
         L, in units of gradient norm per parameter distance.
 
     Raises:
-        ValueError: no batch gave a step of positive, finite length.
+        ValueError: no batch gave a step of positive, finite length, or a setting is out of its range.
 
     Example:
         >>> import torch
@@ -49,25 +50,29 @@ def estimate_smoothness(
         >>> round(estimate_smoothness(weight, loss, [torch.ones(1, 2)]), 3)
         6.0
     """
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise ValueError(f"lr must be in (0, inf), got {lr}")
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in [0, 1], got {quantile}")
     model = copy.deepcopy(model)
     params = [param for param in model.parameters() if param.requires_grad]
+    if not params:
+        raise ValueError("the model has no parameter that requires a gradient")
     devices = sorted({param.device.index for param in params if param.device.type == "cuda"})
     quotients = []
     with torch.random.fork_rng(devices):
         for i, batch in enumerate(batches):
+            start = [param.detach().clone() for param in params]
             torch.manual_seed(i)
             before = _gradient(model, loss, batch, params)
             with torch.no_grad():
                 torch._foreach_add_(params, before, alpha=-lr)
+                # As taken: rounding moves a parameter by less than lr * gradient, or not at all.
+                step = _norm(torch._foreach_sub(params, start))
             torch.manual_seed(i)
             after = _gradient(model, loss, batch, params)
-            step = lr * _norm(before)
-            quotients.append(_norm(torch._foreach_sub(after, before)) / step if step else float("nan"))
-    finite = torch.tensor([q for q in quotients if torch.isfinite(torch.tensor(q))], dtype=torch.float64)
+            quotients.append(_norm(torch._foreach_sub(after, before)) / step if step else math.nan)
+    finite = torch.tensor([q for q in quotients if math.isfinite(q)], dtype=torch.float64)
     if not len(finite):
         raise ValueError(f"none of {len(quotients)} batches gave a step of positive, finite length")
     return torch.quantile(finite, quantile).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,16 +62,20 @@ class SSTM(Optimizer):
         clipping_iter_start: int | None = None,
         offset: int = 1,
     ) -> None:
-        if not lr >= 0:
+        if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be in [0, inf), got {lr}")
-        if not L > 0:
+        if not 0 < L < math.inf:
             raise ValueError(f"L must be in (0, inf), got {L}")
         if not 0 <= nu <= 1:
             raise ValueError(f"nu must be in [0, 1], got {nu}")
         if not 0 < a_k_ratio_upper_bound <= 1:
             raise ValueError(f"a_k_ratio_upper_bound must be in (0, 1], got {a_k_ratio_upper_bound}")
-        if clipping_iter_start is not None and clipping_iter_start < 0:
-            raise ValueError(f"clipping_iter_start must be at least 0, or None, got {clipping_iter_start}")
+        if clipping_iter_start is not None and not (
+            clipping_iter_start == int(clipping_iter_start) and clipping_iter_start >= 0
+        ):
+            raise ValueError(
+                f"clipping_iter_start must be a whole number from 0, or None, got {clipping_iter_start}"
+            )
         if offset not in (1, 2):
             raise ValueError(f"offset must be 1 or 2, got {offset}")
         defaults = {
@@ -92,11 +97,14 @@ class SSTM(Optimizer):
         """What a clipping attached to this optimizer multiplies its threshold by in the coming step."""
         scales = []
         for group in self.param_groups:
-            alpha = _alpha(group) if group["alpha"] is None else group["alpha"]
+            if all(param.grad is None for param in group["params"]):
+                continue  # takes no step
             start = group["clipping_iter_start"]
-            bound = 1.0 if start is None else _alpha({**group, "k": start})
-            if alpha:
-                scales.append(bound / alpha)
+            if start is not None:
+                # alpha at `start` over alpha now, both of one learning rate, which a scheduler may change.
+                scales.append(_growth(group, start) / _growth(group, group["k"]))
+            elif alpha := _alpha(group) if group["alpha"] is None else group["alpha"]:
+                scales.append(1 / alpha)
         # The largest step decides, so that no step of z is longer than B; with lr = 0 there is none.
         return min(scales, default=1.0)
 
@@ -127,11 +135,13 @@ class SSTM(Optimizer):
         following = _alpha(group)
         bound = group["a_k_ratio_upper_bound"]
         A += alpha
-        if bound < 1:
+        if bound < 1 and following:
             A = min(A, bound * following / (1 - bound))
         group["A"], group["alpha"] = A, following
         if following:
-            self._lerp_(params, z, following / (A + following))
+            # Those without a gradient this time too: theirs was 0, and x moves on between y and z.
+            started = [param for param in group["params"] if "z" in self.state.get(param, ())]
+            self._lerp_(started, [self._z(param) for param in started], following / (A + following))
 
     def _z(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -140,6 +150,16 @@ class SSTM(Optimizer):
             dtype = torch.promote_types(param.dtype, torch.float32)
             state["z"] = param.detach().to(dtype, copy=True)
         return state["z"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, with z in the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(keys, params, strict=True):
+            if key in saved:  # torch casts to the parameter's dtype, which is too coarse for a sum
+                self.state[param]["z"] = saved[key]["z"].to(param.device, copy=True)
 
     @staticmethod
     def _lerp_(params: list[Tensor], towards: list[Tensor], weight: float) -> None:
@@ -185,5 +205,8 @@ class SSTM(Optimizer):
 
 
 def _alpha(group: dict[str, Any]) -> float:
-    power = 2 * group["nu"] / (1 + group["nu"])
-    return float(group["lr"]) / (2 * group["L"]) * (group["k"] + group["offset"]) ** power
+    return float(group["lr"]) / (2 * group["L"]) * _growth(group, group["k"])
+
+
+def _growth(group: dict[str, Any], k: int) -> float:
+    return (k + group["offset"]) ** (2 * group["nu"] / (1 + group["nu"]))

@@ -111,9 +111,13 @@ class Percentile(Threshold):
         return self._history.to_tensor()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "window": self.window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.window is not None and state["window"] is None and len(state["history"]) > self.window:
+            raise ValueError(
+                f"the state holds all norms, in no order of time; window={self.window} asks for the last ones"
+            )
         self.reset()
         self._history.extend(state["history"])
 

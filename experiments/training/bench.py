@@ -164,7 +164,7 @@ def _tuned(
         clipping = CLIPPINGS[method](percentile=0.25 if clips else 1.0)
         # A past in which three of four norms were half as long.
         past = torch.linspace(0.5, 1.0 if clips else 0.5, recorded, dtype=torch.float64) * total
-        clipping.threshold.load_state_dict({"history": past})
+        clipping.threshold.load_state_dict({"history": past, "window": None})
         return clipping
     threshold = {"layer_wise": 0.5 * median, "coordinate_wise": 5e-3}.get(method, 0.5 * total)
     return CLIPPINGS[method](threshold if clips else math.inf)

@@ -234,6 +234,20 @@ class NormInHalf(Planted):
         return measured._replace(total=total, finite=isfinite(total))
 
 
+class SaysAnotherThreshold(Planted):
+    """Clips at one threshold, and publishes another."""
+
+    def record(self, measured, coef, clipped):
+        return super().record(measured._replace(threshold=2 * measured.threshold), coef, clipped)
+
+
+class TakesScaledNorms(NormClip):
+    """Measures what a GradScaler has scaled."""
+
+    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None):
+        return super().measure(grads, 1.0, threshold_scale, describe)
+
+
 class Replaces(Planted):
     """Puts new tensors in the place of the gradients."""
 

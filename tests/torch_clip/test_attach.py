@@ -430,3 +430,54 @@ def test_a_compiled_step_clips(optimizer, fused, train, weights):
         assert clipped.clipping.telemetry.steps == 6
         torch._dynamo.reset()
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_calls_its_bases_step_clips_once(closure, fused):
+    torch.optim.SGD(
+        [torch.nn.Parameter(torch.ones(1))], lr=1.0
+    )  # from now on torch hooks the base's step too
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = clip(Own([param], lr=0.1, fused=fused), AutoClip(0.5))
+    for k in range(1, 4):
+        param.grad = torch.full((3,), float(k))
+        optimizer.step(*([lambda: 1.0] if closure else []))
+    assert optimizer.clipping.telemetry.steps == 3
+    norms = [k * 3**0.5 for k in (1, 2, 3)]
+    assert optimizer.clipping.threshold.history.tolist() == pytest.approx(norms)
+    param.grad = torch.full((3,), float("nan"))
+    optimizer.step()
+    assert optimizer.clipping.telemetry.steps == 4
+    assert optimizer.clipping.telemetry.skipped_steps == 1
+
+
+def test_a_method_with_a_scaling_of_its_own_is_not_left_to_the_kernel():
+    class Halves(NormClip):
+        def scale_(self, grads, measured):
+            for grad in grads.tensors:
+                grad.mul_(0.5)
+            return self.record(measured, 0.5, 1.0)
+
+    for fused in (False, True):
+        param = torch.nn.Parameter(torch.zeros(1))
+        param.grad = torch.tensor([8.0])
+        clip(torch.optim.SGD([param], lr=1.0, fused=fused), Halves()).step()
+        assert param.item() == -4.0
+
+
+def test_a_state_of_another_method_is_refused_before_anything_is_loaded():
+    param = torch.nn.Parameter(torch.ones(1))
+    param.grad = torch.ones(1)
+    saved = clip(torch.optim.SGD([param], lr=0.5, momentum=0.9), NormClip())
+    saved.step()
+    other = clip(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9), AutoClip())
+    with pytest.raises(ValueError, match="the state is of NormClip, this clipping is AutoClip"):
+        other.load_state_dict(saved.state_dict())
+    assert not other.state
+    assert other.param_groups[0]["lr"] == 0.1

@@ -186,6 +186,25 @@ def test_scheduler_restarts_sstm_from_its_output():
     quadratic_step(param, optimizer, generator)
 
 
+def test_restarter_takes_sstm_from_its_output():
+    # B43
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.ones(3))
+    net = nn.ParameterList([param])
+    optimizer = ClippedSSTM([param], 0.1, 1.0, clipping_type="norm")
+    restarter = Restarter(OptimizerProperties(ClippedSSTM, lr=0.1, L=1.0), 3)
+    for _ in range(3):
+        quadratic_step(param, optimizer, generator)
+        restarter.add_coords([param])
+    optimizer.eval()
+    y = param.detach().clone()
+    optimizer.train()
+    restarter.make_restart(net, optimizer)
+    torch.testing.assert_close(param.detach(), y)
+    assert optimizer.param_groups[0]["k"] == 0
+    assert RestartScheduler(optimizer).output == "last"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -243,6 +262,16 @@ def test_collector_with_restarts():
         [RestartProperties(Restarter, first_restart_steps_cnt=2), None],
         start_point_random_seed=1,
     )
+    both = OptimizersCollectorWithRestarts(
+        ModelProperties(nn.Linear, in_features=3, out_features=2),
+        [PROPERTIES, PROPERTIES],
+        RestartProperties(Restarter),
+        1,
+        2,
+        [4, 1],
+    )
+    assert all(isinstance(restarter, Restarter) for restarter in both.get_restarters())
+    assert both.bs_muls == [4, 1]
     restarter, none = collector.get_restarters()
     assert none is None
     assert restarter.state_dict()["interval"]["length"] == 2

@@ -56,6 +56,26 @@ def test_model_gradients_buffers_and_generators_stay():
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("curvature", "dtype", "tolerance"), [(1e-4, torch.float32, 0.05), (6.0, torch.bfloat16, 0.2)]
+)
+def test_the_step_is_measured_as_taken(curvature, dtype, tolerance):
+    # Rounding takes other steps than lr * gradient.
+    model = Quadratic([curvature] * 64).to(dtype)
+    found = estimate_smoothness(model, loss, [torch.zeros(64, dtype=dtype)], lr=1e-2 / curvature**0.5)
+    assert found == pytest.approx(curvature, rel=tolerance)
+
+
+def test_steps_that_rounding_swallows_are_left_out():
+    model = Quadratic([1.0]).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="none of 1 batches"):
+        estimate_smoothness(model, loss, [torch.zeros(1, dtype=torch.bfloat16)], lr=1e-4)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        estimate_smoothness(model.requires_grad_(False), loss, [torch.zeros(1)])
+    with pytest.raises(ValueError, match="lr must be in"):
+        estimate_smoothness(model, loss, [], lr=math.inf)
+
+
 def test_steps_of_no_length_are_left_out():
     model = Quadratic([2.0])
     nothing = torch.tensor([-2.0])  # the gradient at x = 1 is 0

@@ -148,23 +148,64 @@ def test_ratio_bound_holds_from_the_first_step_that_needs_it(rho, first):
 
 def test_threshold_schedule():
     # B32: the clipping's level is what is in use at `clipping_iter_start`, whatever it is.
-    param = weight()
-    optimizer = ClippedSSTM([param], 0.5, 2.0, clipping_type="norm", clipping_iter_start=10)
+    def made(**settings):
+        param = weight()
+        param.grad = torch.ones_like(param)
+        return ClippedSSTM([param], 0.5, 2.0, clipping_type="norm", **settings)
+
+    optimizer = made(clipping_iter_start=10)
     optimizer.param_groups[0]["k"] = 10
     assert optimizer.threshold_scale == pytest.approx(1.0)
     optimizer.param_groups[0]["k"] = 0
     alpha = 0.5 / (2 * 2.0)
     assert optimizer.threshold_scale * alpha == pytest.approx(1.375)  # B of the published example
-    optimizer = ClippedSSTM(
-        [weight()], 0.5, 2.0, clipping_type="norm", clipping_level=7.0, clipping_iter_start=10
-    )
+    optimizer = made(clipping_level=7.0, clipping_iter_start=10)
     optimizer.param_groups[0]["k"] = 10
     assert optimizer.clipping.threshold.value * optimizer.threshold_scale == pytest.approx(7.0)
     # nu = 0: a constant threshold.
-    optimizer = ClippedSSTM([weight()], 0.5, 2.0, clipping_type="norm", nu=0.0, clipping_iter_start=0)
+    optimizer = made(nu=0.0, clipping_iter_start=0)
     for k in (0, 5, 50):
         optimizer.param_groups[0]["k"] = k
         assert optimizer.threshold_scale == pytest.approx(1.0)
+
+
+def test_a_scheduler_does_not_shift_the_threshold_schedule():
+    param = weight()
+    optimizer = ClippedSSTM(
+        [param], 1.0, 1.0, clipping_type="norm", clipping_level=3.0, clipping_iter_start=5
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for k in range(6):
+        param.grad = torch.full_like(param, 100.0)
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.clipping.telemetry.threshold == pytest.approx(3.0 * 6 / (k + 1))
+
+
+def test_a_group_that_takes_no_step_has_no_say_in_the_threshold():
+    active, idle = weight(), weight()
+    optimizer = SSTM([{"params": [active]}, {"params": [idle], "lr": 1000.0}], 1.0, 1.0)
+    clip(optimizer, NormClip(1.0))
+    active.grad = torch.full_like(active, 5.0)
+    optimizer.step()
+    assert optimizer.clipping.telemetry.threshold == 2.0
+
+
+def test_a_missing_gradient_is_a_zero_one():
+    # B29: the grad set may change; y of a parameter that has none for a while is still the method's.
+    outputs = []
+    for missing in (None, 0.0):
+        params = [weight(), weight()]
+        optimizer = SSTM(params, 1.0, 1.0)
+        for k in range(25):
+            params[0].grad = torch.ones_like(params[0])
+            params[1].grad = torch.ones_like(params[1]) if k < 5 or missing is not None else None
+            if k >= 5 and missing is not None:
+                params[1].grad.zero_()
+            optimizer.step()
+        optimizer.eval()
+        outputs.append([param.item() for param in params])
+    assert outputs[0] == pytest.approx(outputs[1], rel=1e-12)
 
 
 def test_clips_with_the_attached_method_and_reports_the_threshold_in_use():
@@ -194,6 +235,8 @@ def test_methods_without_a_settable_threshold_are_refused_by_name():
         ({"nu": 2.0}, "nu must be in"),
         ({"a_k_ratio_upper_bound": 0.0}, "a_k_ratio_upper_bound must be in"),
         ({"clipping_iter_start": -1}, "clipping_iter_start must be"),
+        ({"clipping_iter_start": 2.5}, "clipping_iter_start must be a whole number from 0"),
+        ({"lr": math.inf}, "lr must be in"),
         ({"offset": 3}, "offset must be 1 or 2"),
     ],
 )
@@ -218,14 +261,15 @@ def test_a_learning_rate_of_zero_moves_nothing():
     assert param.item() < 1.0
 
 
-def test_resume_is_bit_equal_and_state_lives_by_parameter(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_resume_is_bit_equal_and_state_lives_by_parameter(tmp_path, dtype):
     # B35: tensors are in `state`, so that loading moves them with their parameters.
     def grads(params, k):
         generator = torch.Generator().manual_seed(k)
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator)
+            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
 
-    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+    params = [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2, 2, dtype=dtype))]
     optimizer = ClippedSSTM(params, 0.1, 1.0, clipping_type="linear_rand_norm", clipping_level=0.1)
     for k in range(5):
         grads(params, k)

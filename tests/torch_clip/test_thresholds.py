@@ -146,3 +146,14 @@ def test_a_cpu_norm_is_kept_on_the_host():
     assert isinstance(rule._history, HostHistory)
     assert rule.update(torch.tensor(2.0)).dtype is torch.float32
     assert isinstance(rule._history, DeviceHistory)
+
+
+def test_a_history_without_order_is_not_taken_for_a_window():
+    whole = Percentile(0.5)
+    for norm in (3.0, 1.0, 2.0, 5.0):
+        whole.update(norm)
+    with pytest.raises(ValueError, match="no order of time; window=2"):
+        Percentile(0.5, window=2).load_state_dict(whole.state_dict())
+    roomy = Percentile(0.5, window=10)
+    roomy.load_state_dict(whole.state_dict())
+    assert roomy.update(4.0) == 3.0

@@ -50,6 +50,7 @@ LAWS: dict[str, Callable[[Make], None]] = {
         attached.before_momentum,
         attached.all_groups,
         attached.foreach_and_fused,
+        attached.grad_scaler,
         attached.infinite_threshold,
         attached.no_host_read,
         processes.two_processes,

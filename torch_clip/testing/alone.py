@@ -235,6 +235,9 @@ def telemetry(make: Make) -> None:
             expect_equal(share, seen[run.clipping.unit], f"{what}: share of {run.clipping.unit}", rtol=1e-4)
         elif run.clipping.bounded:
             expect((share > 0) == changed.any(), f"{what}: saw clipped {share}, {int(changed.sum())} changes")
+        if isinstance(run.clipping, Clipping) and run.clipping.unit == "steps" and share:
+            ratio = got["threshold"] / norm
+            expect_equal(got["clip_coef"], ratio, f"{what}: clip_coef by threshold / grad_norm", rtol=1e-4)
         clipped_steps += share > 0
         for name, count in zip(COUNTS, (step + 1, clipped_steps, 0), strict=True):
             expect(got[name] == count, f"{what}: expected {name} {count}, saw {got[name]:g}")

@@ -112,8 +112,9 @@ def all_groups(make: Make) -> None:
 
 
 def foreach_and_fused(make: Make) -> None:
-    """The optimizer's loop, foreach and fused forms clip alike."""
+    """The optimizer's loop, foreach and fused forms clip alike, a zero gradient too."""
     stream = heavy_tailed(30, seed=9)
+    stream.append([torch.zeros_like(grad) for grad in stream[0]])
     loop, params = attach(make, stream[0], foreach=False)
     others = {form: attach(make, stream[0], **{form: True}) for form in ("foreach", "fused")}
     for step, grads in enumerate(stream):
@@ -122,6 +123,26 @@ def foreach_and_fused(make: Make) -> None:
             what = f"after step {step}, {form}=True compared with a loop"
             expect_equal(train(optimizer, its, [grads]), wanted, f"parameters {what}", rtol=1e-4)
             said = [numbers(one.clipping.telemetry) for one in (optimizer, loop)]
+            expect_equal(*said, f"telemetry {what}", rtol=1e-4)
+
+
+def grad_scaler(make: Make) -> None:
+    """Under a GradScaler, fused or not, norms and thresholds are those of the unscaled gradient."""
+    stream = heavy_tailed(30, seed=10)
+    for fused in (False, True):
+        plain, params = attach(make, stream[0], fused=fused)
+        scaled, its = attach(make, stream[0], fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step, grads in enumerate(stream):
+            wanted = train(plain, params, [grads])
+            scaled.zero_grad()
+            loss = sum((param * grad).sum() for param, grad in zip(its, grads, strict=True))
+            scaler.scale(loss).backward()
+            scaler.step(scaled)
+            scaler.update()
+            what = f"after step {step}, scaled by 1024 compared with unscaled, fused={fused}"
+            expect_equal([param.detach() for param in its], wanted, f"parameters {what}", rtol=1e-4)
+            said = [numbers(one.clipping.telemetry) for one in (scaled, plain)]
             expect_equal(*said, f"telemetry {what}", rtol=1e-4)
 
 
