@@ -142,7 +142,7 @@ def _settings(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     flags = [arg for arg in argv if arg not in settings]
     given = dict(arg.split("=", 1) for arg in settings)
     multirun = "-m" in flags or "--multirun" in flags
-    if multirun and any(flag.startswith(("--cfg", "-c")) for flag in flags):
+    if multirun and any(flag == "-c" or flag.startswith("--cfg") for flag in flags):
         raise UserError("--cfg shows the config of one run: leave out -m")
     if "," in given.get("preset", ""):
         raise UserError(f"one preset a launch, got preset={given['preset']}: presets never share a table")

@@ -218,7 +218,8 @@ class Element(Scope):
             return math.nan, math.nan
         if not isinstance(total, Tensor) and total <= threshold:  # then no element exceeds it either
             return 1.0, 0.0
-        clipped, norms = zip(*(_clamp_(grad, threshold) for grad in grads.tensors), strict=True)
+        found = [_clamp_(grad, threshold, measured.finite) for grad in grads.tensors]
+        clipped, norms = zip(*found, strict=True)
         clipped, norms = list(clipped), list(norms)
         _sum_over_shards_(clipped, grads.meshes)
         _sum_over_shards_(norms, grads.meshes, squared=True)
@@ -235,15 +236,15 @@ class Element(Scope):
         return ratio(number(after), total), number(clipped.sum() / max(elements, 1))
 
 
-def _clamp_(grad: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _clamp_(grad: Tensor, threshold: float, finite: bool | Tensor) -> tuple[Tensor, Tensor]:
     """Clamp in place; return how many elements were clipped, and the norm after, shapes ()."""
-    if not _sums_by_dot(grad):
+    if finite is not True or not _sums_by_dot(grad):  # the pieces would count NaN, which is not itself
         clipped = torch.count_nonzero(grad.abs() > threshold)
         grad.clamp_(-threshold, threshold)
         return clipped, torch.linalg.vector_norm(grad, dtype=_norm_dtype(grad.dtype))
     # In pieces that stay in the cache, so that memory is read and written once; and all in float, since
     # writing and summing booleans takes torch several times as long.
-    clamped, changed = torch.empty(2, min(_PIECE, grad.numel()))
+    clamped, changed = grad.new_empty(2, min(_PIECE, grad.numel()))
     clipped = squares = 0.0
     for piece in grad.view(-1).split(_PIECE):
         n = len(piece)

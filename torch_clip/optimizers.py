@@ -76,7 +76,26 @@ class ClippedSGD(SGD):
         clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
 
 
-class ClippedAdam(Adam):
+class _ClippedMoments:
+    # First base of the two below: the same settings in front of either.
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        clipping_type: str = "norm",
+        clipping_level: float | None = None,
+        p_autoclip: float | None = None,
+        beta: float | None = None,
+        clipping: Clipping | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, **options)
+        clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
+
+
+class ClippedAdam(_ClippedMoments, Adam):
     """:class:`torch.optim.Adam` that clips the gradient before its moments see it.
 
     Args:
@@ -88,27 +107,11 @@ class ClippedAdam(Adam):
         p_autoclip: as in ``ClippedSGD``.
         beta: as in ``ClippedSGD``; not one of ``betas``.
         clipping: a clipping object; replaces the four settings above.
-        **adam: torch's other keywords.
+        **options: torch's other keywords.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        *,
-        clipping_type: str = "norm",
-        clipping_level: float | None = None,
-        p_autoclip: float | None = None,
-        beta: float | None = None,
-        clipping: Clipping | None = None,
-        **adam: Any,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, **adam)
-        clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
 
-
-class ClippedAdamW(AdamW):
+class ClippedAdamW(_ClippedMoments, AdamW):
     """:class:`torch.optim.AdamW` that clips the gradient before its moments see it.
 
     Args:
@@ -120,24 +123,8 @@ class ClippedAdamW(AdamW):
         p_autoclip: as in ``ClippedSGD``.
         beta: as in ``ClippedSGD``; not one of ``betas``.
         clipping: a clipping object; replaces the four settings above.
-        **adamw: torch's other keywords.
+        **options: torch's other keywords.
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        *,
-        clipping_type: str = "norm",
-        clipping_level: float | None = None,
-        p_autoclip: float | None = None,
-        beta: float | None = None,
-        clipping: Clipping | None = None,
-        **adamw: Any,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, **adamw)
-        clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))
 
 
 class ClippedSSTM(SSTM):

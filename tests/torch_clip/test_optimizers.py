@@ -2,13 +2,14 @@
 
 import copy
 import math
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from torch_clip import CLIPPINGS, ClippedSGD, clip
+from torch_clip import CLIPPINGS, ClippedAdam, ClippedAdamW, ClippedSGD, clip
 from torch_clip.gates import RandomGate
 from torch_clip.methods import AutoClip, NormClip
 from torch_clip.optimizers import make_clipping
@@ -123,3 +124,37 @@ def test_nothing_is_printed(parameters, capsys):
         optimizer.step()
         optimizer.step()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(ClippedAdam, torch.optim.Adam), (ClippedAdamW, torch.optim.AdamW)]
+)
+def test_clipped_adams_are_torchs_with_clipping(ours, theirs):
+    grads = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)) * 5
+    finals = []
+    for clipped in (True, False):
+        param = torch.nn.Parameter(torch.ones(4))
+        settings = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1}
+        made = ours([param], clipping_level=2, **settings) if clipped else theirs([param], **settings)
+        for grad in grads:
+            param.grad = grad.clone()
+            if not clipped:
+                torch.nn.utils.clip_grad_norm_([param], 2.0)
+            made.step()
+        finals.append(param.detach())
+        assert isinstance(made, theirs)
+        assert pickle.loads(pickle.dumps(made)).param_groups[0]["betas"] == (0.8, 0.9)
+    torch.testing.assert_close(*finals, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError):
+        ours([param], momentun=0.9)
+
+
+def test_coordinate_wise_counts_no_nan():
+    # Large tensors are clamped in pieces, small ones at once: both pass NaN through and do not count it.
+    for size in (10, 200_000):
+        param = torch.nn.Parameter(torch.zeros(size))
+        param.grad = torch.full((size,), float("nan"))
+        param.grad[0] = 5.0
+        told = CLIPPINGS["coordinate_wise"](1.0, nonfinite="propagate").clip_([param])
+        assert told.clipped == pytest.approx(1 / size)
+        assert param.grad[0] == 1.0
