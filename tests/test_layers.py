@@ -11,9 +11,11 @@ ROOT = Path(__file__).parents[1]
 # torch_clip, from the ground up; a module imports only from lines above its own.
 FLOORS = (
     {"scalars"},
-    {"norms", "thresholds", "gates", "schedules", "tails", "smoothness"},
+    {"norms", "schedules", "shapes", "tails", "smoothness"},
+    {"scopes", "thresholds", "gates"},
     {"clipping"},
-    {"methods", "attach"},
+    {"transforms", "attach"},
+    {"methods"},
     {"expect", "sstm"},
     {"alone", "attached", "processes"},
     {"testing"},

@@ -1,7 +1,7 @@
 """Gradient clipping in front of any PyTorch optimizer."""
 
 from torch_clip.attach import clip
-from torch_clip.clipping import Clipping, NonFiniteGradientError, Telemetry
+from torch_clip.clipping import Clipping, NonFiniteGradientError, Telemetry, Transform
 from torch_clip.methods import CLIPPINGS
 from torch_clip.optimizers import ClippedAdam, ClippedAdamW, ClippedSGD, ClippedSSTM
 
@@ -14,5 +14,6 @@ __all__ = [
     "Clipping",
     "NonFiniteGradientError",
     "Telemetry",
+    "Transform",
     "clip",
 ]

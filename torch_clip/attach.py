@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from torch_clip.clipping import Clipping
-from torch_clip.norms import Global, Grads, multiply_, share_of, tensor_norms
+from torch_clip.clipping import Transform
+from torch_clip.norms import Grads, tensor_norms
 from torch_clip.scalars import number, on_host
+from torch_clip.scopes import multiply_, share_of
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -31,7 +32,7 @@ _GROUP_KEYS = ("clipping", "clipping_type", "clipping_level", "p_autoclip")
 _FUSED_STEPS = tuple(inspect.unwrap(cls.step) for cls in (SGD, Adam, AdamW, Adagrad))
 
 
-def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
+def clip(optimizer: OptimizerT, clipping: Transform) -> OptimizerT:
     """Put ``clipping`` in front of ``optimizer``: from now on each ``step`` clips the gradients first.
 
     The optimizer stays what it was: closures (clipped after each evaluation, so LBFGS clips and records
@@ -43,7 +44,7 @@ def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. Changed in place.
-        clipping: from ``torch_clip.methods``, or one of your own.
+        clipping: from ``torch_clip.methods``, or one of your own. It is this optimizer's from now on.
 
     Returns:
         ``optimizer``.
@@ -67,8 +68,8 @@ def clip(optimizer: OptimizerT, clipping: Clipping) -> OptimizerT:
         >>> optimizer.clipping.telemetry.clipped
         1.0
     """
-    if not isinstance(clipping, Clipping):
-        raise TypeError(f"clipping must be a torch_clip Clipping such as NormClip(1.0), got {clipping!r}")
+    if not isinstance(clipping, Transform):
+        raise TypeError(f"clipping must be of torch_clip, such as NormClip(1.0), got {clipping!r}")
     # Some wrappers have plain dictionaries here, which torch does not register hooks in.
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
     if not (isinstance(optimizer, Optimizer) and isinstance(hooks, OrderedDict)):
@@ -190,6 +191,8 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
     def clipped_closure(*closure_args: Any, **closure_kwargs: Any) -> Any:
         _restore(optimizer)  # LBFGS comes here more than once
         loss = closure(*closure_args, **closure_kwargs)
+        if isinstance(loss, Tensor):
+            optimizer.clipping.observe(loss)
         _clip(optimizer)
         return loss
 
@@ -229,8 +232,8 @@ def _clip(optimizer: Optimizer) -> None:
     clipping = optimizer.clipping
     grads = _grads(optimizer)
     amp_scale = getattr(optimizer, "grad_scale", None)
-    if amp_scale is not None and not isinstance(clipping.scope, Global):
-        # Set by a GradScaler for the fused kernel; these methods clip in the gradient's own units.
+    if amp_scale is not None and not clipping.by_factor:
+        # Set by a GradScaler for the fused kernel; these methods work in the gradient's own units.
         multiply_(grads.tensors, amp_scale.reciprocal())
         _lend(optimizer, "grad_scale", None)
         amp_scale = None
@@ -239,17 +242,15 @@ def _clip(optimizer: Optimizer) -> None:
         grads, scale, getattr(optimizer, "threshold_scale", 1.0), functools.partial(_describe, optimizer)
     )
 
-    skip = clipping.must_skip(measured)
+    skip = measured.skip
     fused = optimizer._step_can_fuse and all(group["fused"] for group in optimizer.param_groups)
-    # A method with a scaling of its own cannot leave it to the kernel.
-    by_kernel = fused and isinstance(clipping.scope, Global) and type(clipping).scale_ is Clipping.scale_
-    if not fused and clipping.nonfinite == "skip" and isinstance(measured.finite, Tensor):
-        skip = not measured.finite  # the one flag that the host must read
-    if skip:
+    if isinstance(skip, Tensor) and not fused:
+        skip = bool(skip)  # the one flag that the host must read
+    if skip is True:
         _hide_grads(optimizer, grads)
-        clipping.record(measured, 1.0, 0.0)
+        clipping.skip(measured)
         return
-    if not by_kernel:
+    if not (fused and clipping.by_factor):
         clipping.scale_(grads, measured)
     else:
         coef = clipping.coef(measured) if grads.tensors else 1.0
@@ -259,15 +260,14 @@ def _clip(optimizer: Optimizer) -> None:
         elif coef != 1.0:
             inverse = scale / coef if coef else torch.inf
             _lend(optimizer, "grad_scale", torch.tensor(inverse, dtype=torch.float32))
-    if fused and clipping.nonfinite == "skip" and isinstance(measured.finite, Tensor):
-        bad = (~measured.finite).float()
+    if isinstance(skip, Tensor):
         found = getattr(optimizer, "found_inf", None)
-        _lend(optimizer, "found_inf", bad if found is None else torch.maximum(bad, found))
+        _lend(optimizer, "found_inf", skip.float() if found is None else torch.maximum(skip.float(), found))
         _note_fresh_momentum(optimizer, grads)
 
 
 def _grads(optimizer: Optimizer) -> Grads:
-    return Grads(param for group in optimizer.param_groups for param in group["params"])
+    return Grads(optimizer.param_groups)
 
 
 def _describe(optimizer: Optimizer, param: Tensor) -> str:

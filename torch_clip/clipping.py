@@ -1,8 +1,10 @@
-"""The contract of a clipping, and its composition: scope x threshold x gate."""
+"""The contract of a clipping, and its commonest kind: scope x threshold x shape x gate."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,11 +12,16 @@ import torch
 from torch import Tensor
 
 from torch_clip.gates import Always, Gate
-from torch_clip.norms import Element, Fires, Global, Grads, Measured, Scope, tensor_norms
-from torch_clip.scalars import Number, isfinite, number
-from torch_clip.thresholds import Constant, Threshold
+from torch_clip.norms import Grads
+from torch_clip.scalars import Number, isfinite, number, opposite, where
+from torch_clip.scopes import Element, Global, Measured, Scope
+from torch_clip.shapes import Shape, hard
+from torch_clip.thresholds import Constant, Moment, Percentile, Threshold
 
 NONFINITE = ("skip", "propagate", "error")
+
+Describe = Callable[[Tensor], str]
+"""Names a parameter."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -32,7 +39,7 @@ class Telemetry(NamedTuple):
     clip_coef: Number
     """Norm after / norm before, in [0, 1] for a method that never lengthens; 1 where the step was skipped."""
     threshold: Number
-    """The threshold in use."""
+    """The threshold in use; where units differ, their median."""
     clipped: Number
     """Share of the method's units (``clipping.unit``: steps, tensors, elements) that were clipped."""
     steps: int | Tensor
@@ -40,28 +47,250 @@ class Telemetry(NamedTuple):
     clipped_steps: int | Tensor
     """Steps so far in which anything was clipped."""
     skipped_steps: int | Tensor
-    """Steps so far that were skipped because the gradient was not finite."""
+    """Steps so far that were skipped, because the gradient was not finite or the method said so."""
 
 
-class Clipping:
-    r"""Clips gradients in place: scope says what is clipped as one, threshold how long, gate whether.
+class Transform(ABC):
+    """What stands between gradients and an optimizer: changes ``.grad`` in place, and says what it did.
 
-    .. math::
-        g \leftarrow \frac{T}{\max(\|g\|_2, T)} \, g \quad \text{for each unit } g \text{ of the scope,
-        if the gate fires}
-
-    The norm is accumulated in float32 (float64 for float64 gradients) over everything that is passed in. On a
-    device other than the CPU nothing is ever read by the host.
+    A method that only scales is a ``Clipping``. One that does more says how in ``look`` and ``apply_``: an
+    optimizer, or ``clip_``, calls ``measure``, and then ``scale_`` unless the step is to be skipped. On a
+    device other than the CPU nothing is ever read by the host: a step to be skipped is told by a tensor,
+    ``scale_`` is called all the same, and what a method remembers must not change where that is true.
 
     Args:
-        scope: ``Global()``, ``PerTensor()`` or ``Element()``.
-        threshold: ``Constant(T)`` or ``Percentile(p)``.
-        gate: ``Always()`` or ``RandomGate(beta, power)``.
         nonfinite: what to do when the norm is NaN or Inf. ``"skip"``: an optimizer that the clipping is
             attached to does not step, nothing is recorded, the skip is counted; ``clip_`` alone removes the
             gradients (sets them to None; on other devices than the CPU to zero), so that an optimizer called
             next does not step. ``"propagate"``: scale as :func:`torch.nn.utils.clip_grad_norm_` would.
             ``"error"``: raise ``NonFiniteGradientError``, which names the parameters; it makes the host wait.
+    """
+
+    bounded: ClassVar[bool] = False
+    """Never lengthens a gradient, and changes nothing where nothing is clipped."""
+    carries: ClassVar[bool] = False
+    """Adds to a gradient what was left of earlier ones."""
+    measures: bool = True
+    """Whether norms are taken at all."""
+    by_tensor: bool = False
+    """Whether it matters how a gradient is divided into tensors."""
+    by_factor: bool = False
+    """Whether one factor for all gradients is all there is to it, so that a fused kernel can do it."""
+    unit: str = "steps"
+    """What ``Telemetry.clipped`` is a share of."""
+
+    def __init__(self, *, nonfinite: str = "skip") -> None:
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        self.nonfinite = nonfinite
+        self.telemetry: Telemetry | None = None
+        """Of the last step; None before the first."""
+        # Steps, clipped steps, skipped steps: Python integers until a device is met, then one int64 tensor.
+        self._counts: list[int] | Tensor = [0, 0, 0]
+
+    def look(self, grads: Grads, lengths: Number, moment: Moment) -> tuple[Number, bool | Tensor]:
+        """The threshold of this step, and whether it is to be skipped though the gradient is finite."""
+        return math.inf, False
+
+    def observe(self, loss: Tensor) -> None:  # noqa: B027
+        """Tell the loss of the coming step, shape (); only ``SpikeGuard`` asks for it."""
+
+    @abstractmethod
+    def apply_(self, grads: Grads, measured: Measured) -> tuple[Number, Number, Number]:
+        """Change the gradients in place.
+
+        Returns:
+            Norm after / norm before, the share of units clipped, and the threshold to show.
+        """
+
+    def _norms(self, grads: Grads) -> tuple[Tensor, Tensor | None]:
+        """Norm of each gradient, and of each unit where that is not the whole."""
+        return Global().norms(grads)
+
+    @torch.no_grad()
+    def clip_(self, params: Iterable[Any] | Tensor) -> Telemetry:
+        """Clip the gradients of ``params`` in place, as one step.
+
+        Args:
+            params: parameters; those without a gradient are passed over. A method that remembers something of
+                each (``layer_wise_autoclip``, say) takes the same ones in the same order at every step. Pairs
+                of name and parameter, and an optimizer's parameter groups, say more to those that ask.
+
+        Returns:
+            What was done, see ``Telemetry``.
+        """
+        grads = Grads([params] if isinstance(params, Tensor) else params)
+        measured = self.measure(grads)
+        if measured.skip is True:
+            for param in grads.params:
+                param.grad = None
+            return self.skip(measured)
+        telemetry = self.scale_(grads, measured)
+        if isinstance(measured.skip, Tensor):
+            # Not multiplied by zero: 0 * inf is NaN.
+            for grad in grads.tensors:
+                grad.masked_fill_(measured.skip.to(grad.device, non_blocking=True), 0.0)
+        return telemetry
+
+    def measure(
+        self,
+        grads: Grads,
+        grad_scale: Number = 1.0,
+        threshold_scale: float = 1.0,
+        describe: Describe | None = None,
+        finite: bool | Tensor = True,
+    ) -> Measured:
+        """Norms and threshold of this step; histories take it in. First half of ``clip_``.
+
+        Args:
+            grads: to be clipped.
+            grad_scale: factor that the gradients carry, of a ``GradScaler``; norms are those without it.
+            threshold_scale: multiplies the threshold in this step, of an optimizer that schedules it.
+            describe: names a parameter in the message of ``nonfinite="error"``.
+            finite: whether the gradient was finite before others changed it.
+        """
+        if not grads.tensors:
+            return Measured(0.0, None, 0.0, math.inf, math.inf, True, False)
+        if self.measures:
+            norms, lengths = self._norms(grads)
+            if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+                norms = norms / grad_scale
+                lengths = lengths if lengths is None else lengths / grad_scale
+            total = number(torch.linalg.vector_norm(norms))
+            finite = isfinite(total) & finite
+        else:
+            norms, lengths, total = None, None, math.nan
+        if self.nonfinite == "error" and not finite:
+            raise NonFiniteGradientError(_nonfinite_message(grads, norms, describe))
+        lengths = total if lengths is None else lengths
+        moment = Moment(self._counts_beside(total)[0], total, finite, lambda: self._weights(grads))
+        threshold, skip = self.look(grads, lengths, moment)
+        threshold = threshold * threshold_scale
+        if self.nonfinite == "skip":
+            skip = opposite(finite) | skip
+        shown = threshold
+        if isinstance(threshold, Tensor) and threshold.ndim:
+            shown = number(self._typical(threshold, grads))
+        return Measured(total, norms, lengths, threshold, shown, finite, skip)
+
+    def _weights(self, grads: Grads) -> Number:
+        norms, lengths = self._norms(grads.weights())
+        return number(torch.linalg.vector_norm(norms)) if lengths is None else lengths
+
+    def _typical(self, thresholds: Tensor, grads: Grads) -> Tensor:
+        return thresholds.median()
+
+    def scale_(self, grads: Grads, measured: Measured) -> Telemetry:
+        """Clip in place and record. Second half of ``clip_``."""
+        if not grads.tensors:
+            return self.record(measured, 1.0, 0.0)
+        coef, clipped, shown = self.apply_(grads, measured)
+        if isinstance(measured.skip, Tensor):
+            shown = where(measured.skip, measured.shown, shown)
+        return self.record(measured._replace(shown=shown), coef, clipped)
+
+    def skip(self, measured: Measured) -> Telemetry:
+        """Count a step that the host knows is not taken; instead of ``scale_``."""
+        return self.record(measured, 1.0, 0.0)
+
+    def record(self, measured: Measured, coef: Number, clipped: Number) -> Telemetry:
+        """Count the step and publish its telemetry.
+
+        Args:
+            measured: what ``measure`` returned.
+            coef: norm after / norm before.
+            clipped: share of units clipped.
+        """
+        counts = self._counts
+        if isinstance(measured.total, Tensor):
+            skipped = measured.skip
+            if not isinstance(skipped, Tensor):
+                skipped = torch.zeros_like(measured.finite)
+            coef = torch.where(skipped, 1.0, coef)
+            clipped = torch.where(skipped, 0.0, clipped)
+            counts = self._counts_beside(measured.total)
+            counts += torch.stack((torch.ones_like(skipped), clipped > 0, skipped))
+        else:
+            counts[0] += 1  # of a device too, when a step has no gradients
+            counts[1] += clipped > 0
+            counts[2] += measured.skip
+        if isinstance(counts, Tensor):
+            counts = counts.clone().unbind()  # what is published must not count on
+        self.telemetry = Telemetry(measured.total, coef, measured.shown, clipped, *counts)
+        return self.telemetry
+
+    def remembered(self) -> dict[str, Any]:
+        """What the method remembers, the counts apart: tensors, numbers, strings, lists and dictionaries."""
+        return {}
+
+    def recall(self, state: dict[str, Any]) -> None:  # noqa: B027  nothing, where nothing is remembered
+        """Go on from ``remembered()``, which is in ``state``."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Forget what is remembered; counts and random draws go on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on bit for bit; loads with ``weights_only=True``."""
+        counts = self._counts
+        steps, clipped, skipped = counts.tolist() if isinstance(counts, Tensor) else counts
+        return {
+            "method": type(self).__name__,
+            "steps": steps,
+            "clipped_steps": clipped,
+            "skipped_steps": skipped,
+            **self.remembered(),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if ``state`` is of another method."""
+        if state["method"] != type(self).__name__:
+            raise ValueError(f"the state is of {state['method']}, this clipping is {type(self).__name__}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, which must come from the same method."""
+        self.check_state(state)
+        self.recall(state)
+        self._counts = [state["steps"], state["clipped_steps"], state["skipped_steps"]]
+
+    def reset(self) -> None:
+        """Forget everything remembered and counted."""
+        self.forget()
+        self._counts = [0, 0, 0]
+        self.telemetry = None
+
+    def _counts_beside(self, total: Number) -> list[int] | Tensor:
+        """The running counts where this step is computed: a model may move, and states load on the host."""
+        if isinstance(total, Tensor):
+            if not isinstance(self._counts, Tensor):
+                self._counts = torch.tensor(self._counts, device=total.device)
+        elif isinstance(self._counts, Tensor):
+            self._counts = self._counts.tolist()
+        return self._counts
+
+    def __repr__(self) -> str:
+        settings = (f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(settings)})"
+
+
+class Clipping(Transform):
+    r"""Scales gradients: scope says what as one, threshold how long, shape how strictly, gate whether.
+
+    .. math::
+        g \leftarrow \frac{T}{\max(\|g\|_2, T)} \, g \quad \text{for each unit } g \text{ of the scope,
+        if the gate fires}
+
+    (of the shape ``hard``). The norm is accumulated in float32 (float64 for float64 gradients) over all that
+    is passed in. On a device other than the CPU nothing is ever read by the host.
+
+    Args:
+        scope: ``Global()``, ``PerGroup()``, ``PerModule()``, ``PerTensor()``, ``PerUnit()`` or ``Element()``.
+        threshold: ``Constant(T)``, ``Percentile(p)``, ``ZScore()``, ``MovingNorm()``, ``WeightNorm()`` ...
+        gate: ``Always()`` or ``RandomGate(beta, power)``.
+        shape: of ``torch_clip.shapes``: ``hard``, ``smooth``, ``smooth_sqrt`` or ``normalized``.
+        nonfinite: see ``Transform``.
+
+    Raises:
+        ValueError: the parts make no sense together, and why.
 
     Example:
         >>> import torch
@@ -74,171 +303,105 @@ class Clipping:
     """
 
     bounded: ClassVar[bool] = True
-    """Never lengthens a gradient, and changes nothing where nothing is clipped."""
 
     def __init__(
-        self, scope: Scope, threshold: Threshold, gate: Gate | None = None, *, nonfinite: str = "skip"
+        self,
+        scope: Scope,
+        threshold: Threshold,
+        gate: Gate | None = None,
+        *,
+        shape: Shape = hard,
+        nonfinite: str = "skip",
     ) -> None:
+        super().__init__(nonfinite=nonfinite)
         gate = Always() if gate is None else gate
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
-        if not isinstance(scope, Global) and not isinstance(threshold, Constant):
-            raise ValueError(f"{threshold} is a percentile of global norms; with scope {scope} use Constant")
-        if isinstance(scope, Element) and not isinstance(gate, Always):
-            raise ValueError(f"{gate} decides by the norm of a gradient; with scope {scope} use Always")
+        if isinstance(scope, Element):
+            if not isinstance(threshold, Constant):
+                raise ValueError(
+                    f"{threshold} is of norms, and an element has none; with scope {scope} use Constant, or "
+                    "SpamClip, which remembers the size of each element"
+                )
+            if not isinstance(gate, Always):
+                raise ValueError(f"{gate} decides by the norm of a gradient; with scope {scope} use Always")
+            if shape is not hard:
+                raise ValueError(f"scope {scope} clamps; with shape {shape.__name__} use another scope")
+        endless = isinstance(threshold, Percentile) and threshold.window is None
+        if endless and not isinstance(scope, Global | Element):
+            raise ValueError(
+                f"{threshold} with scope {scope} would keep every norm of each unit; give a window"
+            )
         if not scope.measure and nonfinite != "propagate":
             raise ValueError(f"without measuring, nonfinite must be 'propagate', got {nonfinite!r}")
         self.scope = scope
         self.threshold = threshold
+        self.shape = shape
         self.gate = gate
-        self.nonfinite = nonfinite
-        self.telemetry: Telemetry | None = None
-        """Of the last step; None before the first."""
-        # Steps, clipped steps, skipped steps: Python integers until a device is met, then one int64 tensor.
-        self._counts: list[int] | Tensor = [0, 0, 0]
 
     @property
     def unit(self) -> str:
-        """What ``Telemetry.clipped`` is a share of: steps, tensors or elements."""
+        """What ``Telemetry.clipped`` is a share of: steps, groups, modules, tensors, rows or elements."""
         return self.scope.unit
 
-    @torch.no_grad()
-    def clip_(self, params: Iterable[Tensor] | Tensor) -> Telemetry:
-        """Clip the gradients of ``params`` in place, as one step.
+    @property
+    def measures(self) -> bool:
+        """Whether norms are taken at all."""
+        return self.scope.measure
 
-        Args:
-            params: parameters; those without a gradient are passed over.
+    @property
+    def by_tensor(self) -> bool:
+        """Whether it matters how a gradient is divided into tensors."""
+        return self.scope.by_tensor
 
-        Returns:
-            What was done, see ``Telemetry``.
-        """
-        grads = Grads([params] if isinstance(params, Tensor) else params)
-        measured = self.measure(grads)
-        if self.must_skip(measured):
-            for param in grads.params:
-                param.grad = None
-            return self.record(measured, 1.0, 0.0)
-        telemetry = self.scale_(grads, measured)
-        if self.nonfinite == "skip" and isinstance(measured.finite, Tensor):
-            # Not multiplied by zero: 0 * inf is NaN.
-            for grad in grads.tensors:
-                grad.masked_fill_(~measured.finite.to(grad.device, non_blocking=True), 0.0)
-        return telemetry
+    @property
+    def by_factor(self) -> bool:
+        """Whether a fused kernel can do it; a method with a scaling of its own cannot be left to one."""
+        own = type(self).apply_ is not Clipping.apply_ or type(self).scale_ is not Transform.scale_
+        return isinstance(self.scope, Global) and not own
 
-    def measure(
-        self,
-        grads: Grads,
-        grad_scale: Number = 1.0,
-        threshold_scale: float = 1.0,
-        describe: Callable[[Tensor], str] | None = None,
-    ) -> Measured:
-        """Norms and threshold of this step; the norm joins the history. First half of ``clip_``.
-
-        Args:
-            grads: to be clipped.
-            grad_scale: factor that the gradients carry, of a ``GradScaler``; norms are those without it.
-            threshold_scale: multiplies the threshold in this step, of an optimizer that schedules it.
-            describe: names a parameter in the message of ``nonfinite="error"``.
-        """
-        if not grads.tensors:
-            return Measured(0.0, None, math.inf, True)
-        if not self.scope.measure:
-            return Measured(math.nan, None, self.threshold.update(math.nan) * threshold_scale, True)
-        norms = tensor_norms(grads)
-        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-            norms = norms / grad_scale
-        total = number(torch.linalg.vector_norm(norms))
-        finite = isfinite(total)
-        if self.nonfinite == "error" and not finite:
-            raise NonFiniteGradientError(_nonfinite_message(grads, norms, describe))
-        return Measured(total, norms, self.threshold.update(total) * threshold_scale, finite)
-
-    def must_skip(self, measured: Measured) -> bool:
-        """Whether the host knows that this step is to be skipped."""
-        return self.nonfinite == "skip" and measured.finite is False
+    def look(self, grads: Grads, lengths: Number, moment: Moment) -> tuple[Number, bool | Tensor]:
+        """The threshold, or those of the units; nothing is skipped."""
+        return self.threshold.update(lengths, moment), False
 
     def coef(self, measured: Measured) -> Number:
         """The one factor for all gradients, in [0, 1]; the scope must be ``Global``."""
-        return self.scope.coef(measured.total, measured.threshold, self._gate_of(measured))
+        return self._coef_of(measured)(measured.lengths, measured.threshold)
 
-    def scale_(self, grads: Grads, measured: Measured) -> Telemetry:
-        """Clip in place and record. Second half of ``clip_``."""
-        if not grads.tensors:
-            return self.record(measured, 1.0, 0.0)
-        return self.record(measured, *self.scope.scale_(grads, measured, self._gate_of(measured)))
+    def apply_(self, grads: Grads, measured: Measured) -> tuple[Number, Number, Number]:
+        """Scale each unit."""
+        return *self.scope.scale_(grads, measured, self._coef_of(measured)), measured.shown
 
-    def record(self, measured: Measured, coef: Number, clipped: Number) -> Telemetry:
-        """Count the step and publish its telemetry.
-
-        Args:
-            measured: what ``measure`` returned.
-            coef: norm after / norm before.
-            clipped: share of units clipped.
-        """
-        skip = self.nonfinite == "skip"
-        counts = self._counts
-        if isinstance(measured.total, Tensor):
-            if skip:
-                coef = torch.where(measured.finite, coef, 1.0)
-                clipped = torch.where(measured.finite, clipped, 0.0)
-            counts = self._counts_beside(measured.total)
-            skipped = ~measured.finite if skip else torch.zeros_like(measured.finite)
-            counts += torch.stack((torch.ones_like(skipped), clipped > 0, skipped))
-        else:
-            counts[0] += 1  # of a device too, when a step has no gradients
-            counts[1] += clipped > 0
-            counts[2] += skip and not measured.finite
-        if isinstance(counts, Tensor):
-            counts = counts.clone().unbind()  # what is published must not count on
-        self.telemetry = Telemetry(measured.total, coef, measured.threshold, clipped, *counts)
-        return self.telemetry
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on bit for bit; loads with ``weights_only=True``."""
-        counts = self._counts
-        steps, clipped, skipped = counts.tolist() if isinstance(counts, Tensor) else counts
-        return {
-            "method": type(self).__name__,
-            "steps": steps,
-            "clipped_steps": clipped,
-            "skipped_steps": skipped,
-            **self.threshold.state_dict(),
-        }
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if ``state`` is of another method."""
-        if state["method"] != type(self).__name__:
-            raise ValueError(f"the state is of {state['method']}, this clipping is {type(self).__name__}")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, which must come from the same method."""
-        self.check_state(state)
-        self.threshold.load_state_dict(state)
-        self._counts = [state["steps"], state["clipped_steps"], state["skipped_steps"]]
-
-    def reset(self) -> None:
-        """Forget everything remembered and counted."""
-        self.threshold.reset()
-        self._counts = [0, 0, 0]
-        self.telemetry = None
-
-    def _gate_of(self, measured: Measured) -> Fires:
-        """The gate at this step."""
+    def _coef_of(self, measured: Measured) -> Callable[[Number, Number], Number]:
         step = self._counts_beside(measured.total)[0]
-        return lambda coef: self.gate.fires(coef, step)
 
-    def _counts_beside(self, total: Number) -> list[int] | Tensor:
-        """The running counts where this step is computed: a model may move, and states load on the host."""
-        if isinstance(total, Tensor):
-            if not isinstance(self._counts, Tensor):
-                self._counts = torch.tensor(self._counts, device=total.device)
-        elif isinstance(self._counts, Tensor):
-            self._counts = self._counts.tolist()
-        return self._counts
+        def coef_of(lengths: Number, threshold: Number) -> Number:
+            coef = self.shape(lengths, threshold)
+            return where(self.gate.fires(coef, step), coef, 1.0)
+
+        return coef_of
+
+    def _norms(self, grads: Grads) -> tuple[Tensor, Tensor | None]:
+        return self.scope.norms(grads)
+
+    def _typical(self, thresholds: Tensor, grads: Grads) -> Tensor:
+        return self.scope.typical(thresholds, grads)
+
+    def remembered(self) -> dict[str, Any]:
+        """What the threshold remembers."""
+        return self.threshold.state_dict()
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Go on with the threshold."""
+        self.threshold.load_state_dict(state)
+
+    def forget(self) -> None:
+        """Forget what the threshold remembers."""
+        self.threshold.reset()
 
     def __repr__(self) -> str:
-        name = type(self).__name__
-        return f"{name}({self.scope}, {self.threshold}, {self.gate}, nonfinite={self.nonfinite!r})"
+        parts = [repr(self.scope), repr(self.threshold), repr(self.gate)]
+        if self.shape is not hard:
+            parts.append(f"shape={getattr(self.shape, '__name__', self.shape)}")
+        return f"{type(self).__name__}({', '.join(parts)}, nonfinite={self.nonfinite!r})"
 
 
 def _nonfinite_message(grads: Grads, norms: Tensor, describe: Callable[[Tensor], str] | None) -> str:

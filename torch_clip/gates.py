@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from torch_clip.scalars import Number
+from torch_clip.schedules import Setting, at, setting, shown
 
 # SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
 _GAMMA = 0x9E3779B97F4A7C15
@@ -62,26 +63,23 @@ class RandomGate(Gate):
     r"""Clips with probability :math:`\beta^{\alpha^k}`, where alpha is the clip coefficient.
 
     Args:
-        beta: in (0, 1]. 1 always clips.
+        beta: in (0, 1], or a function of the step, see ``torch_clip.schedules``. 1 always clips.
         power: k; 1 is the linear, 2 the quadratic gate, which clips more often.
         seed: of the draws, one a step.
     """
 
-    def __init__(self, beta: float, power: int, seed: int = 0) -> None:
-        beta = float(beta)
-        if not 0 < beta <= 1:
-            raise ValueError(f"beta must be in (0, 1], got {beta:g}")
-        self.beta = beta
+    def __init__(self, beta: Setting, power: int, seed: int = 0) -> None:
+        self.beta = setting(beta, "beta", lambda beta: 0 < beta <= 1, "in (0, 1]")
         self.power = power
         self.seed = int(seed)
 
-    def probability(self, coef: Number) -> Number:
-        return self.beta ** (coef**self.power)
+    def probability(self, coef: Number, step: int | Tensor = 0) -> Number:
+        return at(self.beta, step) ** (coef**self.power)
 
     def fires(self, coef: Number, step: int | Tensor) -> bool | Tensor:
         # Held back when the draw is not below; so a NaN fires, and propagates as it would without a gate.
-        held = uniform(self.seed, step) >= self.probability(coef)
+        held = uniform(self.seed, step) >= self.probability(coef, step)
         return ~held if isinstance(held, Tensor) else not held
 
     def __repr__(self) -> str:
-        return f"RandomGate(beta={self.beta:g}, power={self.power})"
+        return f"RandomGate(beta={shown(self.beta)}, power={self.power})"

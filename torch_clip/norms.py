@@ -1,22 +1,19 @@
-"""How long is a gradient: of all tensors as one vector, of each tensor, or of each element."""
+"""The gradients of a step, and how long they are."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_clip.scalars import Number, clip_coef, number, on_host, where
+from torch_clip.scalars import on_host
 
 # Below this many elements one foreach call beats a call per tensor; above it the dot product, which uses all
 # cores and adds up in many lanes, is faster and ten times as exact as the foreach norm (measured on CPU).
 _DOT_FROM = 1 << 14
-_PIECE = 1 << 17  # elements; 512 KiB
 
 
 class Grads:
@@ -25,16 +22,34 @@ class Grads:
     Sparse gradients are coalesced and stand for their values, complex ones for their real view, DTensors for
     their local shard.
 
+    Args:
+        params: parameters, with a gradient or without; or pairs of name and parameter, as of
+            ``model.named_parameters()``; or an optimizer's parameter groups.
+
     Attributes:
+        all: every parameter, in order.
+        index: of those that have a gradient, the place in ``all``.
         params: the parameters that have a gradient.
         tensors: their gradients; writing to them writes to the parameters' ``.grad``.
-        meshes: of each sharded gradient, by its index, the process groups over which it is sharded.
+        meshes: of each sharded gradient, by its place in ``tensors``, the process groups over which it is
+            sharded.
     """
 
-    __slots__ = ("meshes", "params", "tensors")
+    __slots__ = ("_groups", "_names", "all", "index", "meshes", "params", "tensors")
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self.params = [param for param in params if param.grad is not None]
+    def __init__(self, params: Iterable[Any]) -> None:
+        params = list(params)
+        self._groups: list[dict[str, Any]] | None = None
+        self._names: list[str] | None = None
+        if params and isinstance(params[0], dict):
+            self._groups = params
+            params = [param for group in params for param in group["params"]]
+        elif params and isinstance(params[0], tuple):
+            self._names = [name for name, _ in params]
+            params = [param for _, param in params]
+        self.all: list[Tensor] = params
+        self.index = [i for i, param in enumerate(params) if param.grad is not None]
+        self.params = params if len(self.index) == len(params) else [params[i] for i in self.index]
         self.tensors = [param.grad for param in self.params]
         self.meshes: dict[int, tuple] = {}
         for i, grad in enumerate(self.tensors):
@@ -42,6 +57,49 @@ class Grads:
             if type(grad) is Tensor and grad.layout is torch.strided and not grad.is_complex():
                 continue
             self.tensors[i] = self._plain(i, grad)
+
+    @property
+    def names(self) -> list[str] | None:
+        """The name of each parameter in ``all``, if they came with names."""
+        if self._groups is not None and all("param_names" in group for group in self._groups):
+            return [name for group in self._groups for name in group["param_names"]]
+        return self._names
+
+    @property
+    def groups(self) -> list[int]:
+        """The number of the parameter group of each parameter in ``all``; one group if none came."""
+        if self._groups is None:
+            return [0] * len(self.all)
+        return [number for number, group in enumerate(self._groups) for _ in group["params"]]
+
+    def weights(self) -> Grads:
+        """The parameters themselves, in the place of their gradients."""
+        other = self._alike()
+        other.tensors = [param.detach() for param in self.params]
+        for i, weight in enumerate(other.tensors):
+            other.tensors[i] = other._plain(i, weight)
+        return other
+
+    def replaced(self, tensors: list[Tensor]) -> Grads:
+        """Other tensors in the place of the gradients, as they are here."""
+        other = self._alike()
+        other.tensors, other.meshes = tensors, self.meshes
+        return other
+
+    def only(self, places: list[int]) -> Grads:
+        """Those at some places in ``tensors``."""
+        other = self._alike()
+        for name in ("index", "params", "tensors"):
+            setattr(other, name, [getattr(self, name)[place] for place in places])
+        other.meshes = {n: self.meshes[place] for n, place in enumerate(places) if place in self.meshes}
+        return other
+
+    def _alike(self) -> Grads:
+        other = object.__new__(Grads)
+        for name in ("_groups", "_names", "all", "index", "params"):
+            setattr(other, name, getattr(self, name))
+        other.meshes = {}
+        return other
 
     def _plain(self, i: int, grad: Tensor) -> Tensor:
         if hasattr(grad, "to_local"):
@@ -68,13 +126,13 @@ def _sharded_over(grad: Tensor) -> tuple:
     )
 
 
-def _sums_by_dot(grad: Tensor) -> bool:
+def sums_by_dot(grad: Tensor) -> bool:
     return (
         grad.numel() >= _DOT_FROM and grad.dtype is torch.float32 and on_host(grad) and grad.is_contiguous()
     )
 
 
-def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -86,7 +144,7 @@ def tensor_norms(grads: Grads) -> Tensor:
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, grad in enumerate(grads.tensors):
-        groups[_sums_by_dot(grad), grad.device, grad.dtype].append(i)
+        groups[sums_by_dot(grad), grad.device, grad.dtype].append(i)
 
     norms: list[Tensor] = [None] * len(grads.tensors)  # type: ignore[list-item]
     for (dot, _, dtype), indices in groups.items():
@@ -103,187 +161,29 @@ def tensor_norms(grads: Grads) -> Tensor:
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
         dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
         norms = [norm.to(norms[0].device, dtype, non_blocking=True) for norm in norms]
-    _sum_over_shards_(norms, grads.meshes, squared=True)
+    over_shards_(norms, grads.meshes, "norm")
     return torch.stack(norms)
 
 
-def _sum_over_shards_(values: list[Tensor], meshes: dict[int, tuple], *, squared: bool = False) -> None:
+def over_shards_(values: list[Tensor], meshes: dict[int, tuple], how: str = "sum") -> None:
     """Replace values of shards by those of whole gradients: one reduction for each set of process groups.
 
     Args:
-        values: one of each gradient.
+        values: one tensor of each gradient, alike in shape on all ranks.
         meshes: see ``Grads``.
-        squared: the squares add up, not the values.
+        how: ``"sum"``, ``"norm"`` (the squares add up) or ``"max"``.
     """
     by_groups: dict[tuple, list[int]] = defaultdict(list)
     for i, groups in meshes.items():
         by_groups[groups].append(i)
     for groups, indices in by_groups.items():
-        sums = torch.stack([values[i] for i in indices])
-        if squared:
-            sums.square_()
+        flat = torch.cat([values[i].flatten() for i in indices])
+        if how == "norm":
+            flat.square_()
+        op = torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM
         for group in groups:
-            torch.distributed.all_reduce(sums, group=group)
-        if squared:
-            sums.sqrt_()
-        for i, value in zip(indices, sums.unbind(), strict=True):
-            values[i] = value
-
-
-class Measured(NamedTuple):
-    """A step between measuring and scaling."""
-
-    total: Number
-    """Norm of all gradients."""
-    norms: Tensor | None
-    """Norm of each gradient; None when there are none."""
-    threshold: Number
-    """The threshold of this step."""
-    finite: bool | Tensor
-    """Whether the norm is finite."""
-
-
-Fires = Callable[[Number], "bool | Tensor"]
-"""The gate's decision, given a coefficient or a tensor of them."""
-
-
-class Scope(ABC):
-    """What is clipped as one."""
-
-    unit: ClassVar[str]
-    """What the share of clipped units counts."""
-    measure: bool = True
-    """Whether the norms of the gradients are taken at all."""
-
-    @abstractmethod
-    def scale_(self, grads: Grads, measured: Measured, fires: Fires) -> tuple[Number, Number]:
-        """Clip in place; return norm after / norm before, and the share of units clipped."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-
-class Global(Scope):
-    """The gradients of all parameters as one vector."""
-
-    unit = "steps"
-
-    def coef(self, total: Number, threshold: Number, fires: Fires) -> Number:
-        """The factor for every gradient, in [0, 1]."""
-        coef = clip_coef(total, threshold)
-        return where(fires(coef), coef, 1.0)
-
-    def scale_(self, grads: Grads, measured: Measured, fires: Fires) -> tuple[Number, Number]:
-        coef = self.coef(measured.total, measured.threshold, fires)
-        if isinstance(coef, Tensor) or coef != 1.0:
-            multiply_(grads.tensors, coef)
-        return coef, share_of(coef)
-
-
-class PerTensor(Scope):
-    """The gradient of each parameter by itself."""
-
-    unit = "tensors"
-
-    def scale_(self, grads: Grads, measured: Measured, fires: Fires) -> tuple[Number, Number]:
-        coefs = clip_coef(measured.norms, measured.threshold)
-        coefs = where(fires(coefs), coefs, 1.0)
-        if isinstance(measured.total, Tensor):
-            multiply_each_(grads.tensors, coefs)
-        else:
-            for grad, coef in zip(grads.tensors, coefs.tolist(), strict=True):
-                if coef != 1.0:
-                    grad.mul_(coef)
-        after = torch.linalg.vector_norm(measured.norms * coefs)
-        return ratio(number(after), measured.total), number((coefs < 1).to(coefs.dtype).mean())
-
-
-class Element(Scope):
-    """Each element by itself.
-
-    Args:
-        measure: False clamps and looks at nothing: the telemetry of norms and of the share clipped is NaN.
-    """
-
-    unit = "elements"
-
-    def __init__(self, measure: bool = True) -> None:
-        self.measure = measure
-
-    def scale_(self, grads: Grads, measured: Measured, fires: Fires) -> tuple[Number, Number]:
-        total, threshold = measured.total, measured.threshold
-        if not self.measure:
-            for grad in grads.tensors:
-                grad.clamp_(-threshold, threshold)
-            return math.nan, math.nan
-        if not isinstance(total, Tensor) and total <= threshold:  # then no element exceeds it either
-            return 1.0, 0.0
-        found = [_clamp_(grad, threshold, measured.finite) for grad in grads.tensors]
-        clipped, norms = zip(*found, strict=True)
-        clipped, norms = list(clipped), list(norms)
-        _sum_over_shards_(clipped, grads.meshes)
-        _sum_over_shards_(norms, grads.meshes, squared=True)
-        device = clipped[0].device
-        clipped, norms = (
-            torch.stack([value.to(device, non_blocking=True) for value in values])
-            for values in (clipped, norms)
-        )
-        elements = sum(
-            grads.params[i].grad.numel() if i in grads.meshes else grad.numel()  # of all shards
-            for i, grad in enumerate(grads.tensors)
-        )
-        after = torch.linalg.vector_norm(norms)
-        return ratio(number(after), total), number(clipped.sum() / max(elements, 1))
-
-
-def _clamp_(grad: Tensor, threshold: float, finite: bool | Tensor) -> tuple[Tensor, Tensor]:
-    """Clamp in place; return how many elements were clipped, and the norm after, shapes ()."""
-    if finite is not True or not _sums_by_dot(grad):  # the pieces would count NaN, which is not itself
-        clipped = torch.count_nonzero(grad.abs() > threshold)
-        grad.clamp_(-threshold, threshold)
-        return clipped, torch.linalg.vector_norm(grad, dtype=_norm_dtype(grad.dtype))
-    # In pieces that stay in the cache, so that memory is read and written once; and all in float, since
-    # writing and summing booleans takes torch several times as long.
-    clamped, changed = grad.new_empty(2, min(_PIECE, grad.numel()))
-    clipped = squares = 0.0
-    for piece in grad.view(-1).split(_PIECE):
-        n = len(piece)
-        torch.clamp(piece, -threshold, threshold, out=clamped[:n])
-        clipped += torch.ne(piece, clamped[:n], out=changed[:n]).sum().item()
-        squares += torch.dot(clamped[:n], clamped[:n]).item()
-        piece.copy_(clamped[:n])
-    return torch.tensor(clipped, dtype=torch.float64), torch.tensor(math.sqrt(squares))
-
-
-def multiply_(tensors: list[Tensor], coef: Number) -> None:
-    """Multiply every tensor by one coefficient, wherever it lies."""
-    if not isinstance(coef, Tensor):
-        torch._foreach_mul_(tensors, coef)
-        return
-    by_device = defaultdict(list)
-    for tensor in tensors:
-        by_device[tensor.device].append(tensor)
-    for device, there in by_device.items():
-        torch._foreach_mul_(there, coef.to(device, non_blocking=True))
-
-
-def multiply_each_(tensors: list[Tensor], coefs: Tensor) -> None:
-    """Multiply each tensor by its own coefficient, without reading it."""
-    by_device = defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        by_device[tensor.device].append(i)
-    for device, there in by_device.items():
-        factors = coefs.to(device, non_blocking=True).unbind()
-        torch._foreach_mul_([tensors[i] for i in there], [factors[i] for i in there])
-
-
-def share_of(coef: Number) -> Number:
-    """1 where the whole gradient was shortened, else 0."""
-    return (coef < 1).to(coef.dtype) if isinstance(coef, Tensor) else float(coef < 1)
-
-
-def ratio(after: Number, before: Number) -> Number:
-    """``after / before``, and 1 for a zero gradient."""
-    if isinstance(before, Tensor):
-        return torch.where(before == 0, 1.0, after / before)
-    return after / before if before else 1.0
+            torch.distributed.all_reduce(flat, op, group=group)
+        if how == "norm":
+            flat.sqrt_()
+        for i, whole in zip(indices, flat.split([values[i].numel() for i in indices]), strict=True):
+            values[i] = whole.view_as(values[i])

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.optimizer import ParamsT
 
 from torch_clip.attach import clip
-from torch_clip.clipping import Clipping
+from torch_clip.clipping import Transform
 from torch_clip.methods import CLIPPINGS
 from torch_clip.sstm import SSTM
 
@@ -20,7 +20,7 @@ def make_clipping(
     clipping_level: float | None = None,
     p_autoclip: float | None = None,
     beta: float | None = None,
-) -> Clipping:
+) -> Transform:
     """A method by its name, from the settings of TorchClippedOptimizers.
 
     Args:
@@ -69,7 +69,7 @@ class ClippedSGD(SGD):
         clipping_level: float | None = None,
         p_autoclip: float | None = None,
         beta: float | None = None,
-        clipping: Clipping | None = None,
+        clipping: Transform | None = None,
         **sgd: Any,
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, **sgd)
@@ -88,7 +88,7 @@ class _ClippedMoments:
         clipping_level: float | None = None,
         p_autoclip: float | None = None,
         beta: float | None = None,
-        clipping: Clipping | None = None,
+        clipping: Transform | None = None,
         **options: Any,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, **options)
@@ -158,7 +158,7 @@ class ClippedSSTM(SSTM):
         clipping_iter_start: int | None = None,
         p_autoclip: float | None = None,
         offset: int = 1,
-        clipping: Clipping | None = None,
+        clipping: Transform | None = None,
     ) -> None:
         super().__init__(params, lr, L, nu, a_k_ratio_upper_bound, clipping_iter_start, offset)
         clip(self, clipping or make_clipping(clipping_type, clipping_level, p_autoclip, beta))

@@ -80,7 +80,7 @@ def reset_optimizer(optimizer: Optimizer) -> None:
         optimizer.restart()
     optimizer.state.clear()
     if hasattr(optimizer, "clipping"):
-        optimizer.clipping.threshold.reset()
+        optimizer.clipping.forget()
 
 
 class RestartScheduler:
@@ -122,7 +122,7 @@ class RestartScheduler:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         if not 0 < threshold_decay <= 1:
             raise ValueError(f"threshold_decay must be in (0, 1], got {threshold_decay}")
-        if threshold_decay < 1 and not isinstance(_threshold(optimizer), Constant):
+        if threshold_decay < 1 and _threshold(optimizer) is None:
             raise ValueError("threshold_decay needs an optimizer clipped at a constant threshold")
         self.optimizer = optimizer
         self.output = output
@@ -144,17 +144,16 @@ class RestartScheduler:
             self.optimizer.eval()  # the output is y, not the point that is trained
         reset_optimizer(self.optimizer)
         if self.threshold_decay < 1:
-            _threshold(self.optimizer).value *= self.threshold_decay
+            self.optimizer.clipping.threshold.value *= self.threshold_decay
         self.restarts += 1
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        threshold = _threshold(self.optimizer)
         return {
             "restarts": self.restarts,
             "interval": self._interval.state_dict(),
             "mean": self._mean.state_dict(),
-            "threshold": threshold.value if isinstance(threshold, Constant) else None,
+            "threshold": _threshold(self.optimizer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,7 +161,7 @@ class RestartScheduler:
         self._interval.load_state_dict(state["interval"])
         self._mean.load_state_dict(state["mean"], self._params())
         if state["threshold"] is not None:
-            _threshold(self.optimizer).value = state["threshold"]
+            self.optimizer.clipping.threshold.value = state["threshold"]
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -273,6 +272,7 @@ class _Interval:
         self.length, self.done = state["length"], state["done"]
 
 
-def _threshold(optimizer: Optimizer) -> Any:
-    clipping = getattr(optimizer, "clipping", None)
-    return clipping and clipping.threshold
+def _threshold(optimizer: Optimizer) -> float | None:
+    """The constant threshold of its clipping; None where it has none, or one that changes by itself."""
+    threshold = getattr(getattr(optimizer, "clipping", None), "threshold", None)
+    return threshold.value if isinstance(threshold, Constant) and isinstance(threshold.value, float) else None

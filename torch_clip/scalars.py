@@ -34,11 +34,30 @@ def where(condition: bool | Tensor, x: Number, y: Number) -> Number:
     return torch.where(condition, x, y) if isinstance(condition, Tensor) else x if condition else y
 
 
-def clip_coef(norm: Number, threshold: Number) -> Number:
-    """``threshold / max(norm, threshold)``: exactly 1 up to the threshold, at 0 / 0 and at inf / inf too.
+def tensor(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``x`` as a tensor; the host does not wait, as it would to copy a Python number to a device."""
+    if isinstance(x, Tensor):
+        return x.to(device, dtype, non_blocking=True)
+    return torch.full((), x, dtype=dtype, device=device)
 
-    A NaN norm gives NaN.
-    """
-    if isinstance(norm, Tensor):
-        return torch.where(norm <= threshold, 1.0, threshold / norm)
-    return 1.0 if norm <= threshold else threshold / norm
+
+def quotient(x: Number, y: Number) -> Number:
+    """``x / y`` of numbers that are not negative; 0 where x is 0, whatever y, and inf where only y is 0."""
+    if isinstance(x, Tensor):
+        return torch.where(x == 0, 0.0, x / y)
+    if isinstance(y, Tensor):
+        return quotient(tensor(x, y.dtype, y.device), y)
+    return 0.0 if x == 0 else x / y if y else math.inf
+
+
+def sqrt(x: Number) -> Number:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def minimum(x: Number, y: float | Tensor) -> Number:
+    """The smaller of ``x`` and ``y``; ``y`` where ``x`` is NaN."""
+    return where(x < y, x, y)
+
+
+def opposite(truth: bool | Tensor) -> bool | Tensor:
+    return ~truth if isinstance(truth, Tensor) else not truth

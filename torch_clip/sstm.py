@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from torch_clip.clipping import Clipping
+from torch_clip.clipping import Clipping, Transform
 from torch_clip.thresholds import Constant
 
 
@@ -182,9 +182,9 @@ class SSTM(Optimizer):
         for group in self.param_groups:
             group.update(k=0, A=0.0, alpha=None, training=True)
 
-    def check_clipping(self, clipping: Clipping) -> None:
+    def check_clipping(self, clipping: Transform) -> None:
         """Raise ``ValueError`` for a clipping whose threshold cannot be scheduled; called by ``clip``."""
-        if not isinstance(clipping.threshold, Constant):
+        if not (isinstance(clipping, Clipping) and isinstance(clipping.threshold, Constant)):
             raise ValueError(
                 f"SSTM schedules the threshold, and {type(clipping).__name__} finds its own; "
                 "choose a method with a constant threshold, such as NormClip"

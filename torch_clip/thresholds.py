@@ -1,4 +1,4 @@
-"""Where the threshold comes from: a constant, or a percentile of the gradient norms seen so far."""
+"""Where the threshold comes from: a constant, a percentile of the norms so far, their mean and spread, ..."""
 
 from __future__ import annotations
 
@@ -7,20 +7,48 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_clip.scalars import Number, isfinite, where
+from torch_clip.scalars import Number, isfinite, minimum, quotient, sqrt, tensor, where
+from torch_clip.schedules import Setting, at, setting, shown
+from torch_clip.shapes import hard
+
+
+class Moment(NamedTuple):
+    """What a rule may know of a step besides the norms of its units."""
+
+    step: int | Tensor
+    """Steps before this one."""
+    total: Number
+    """Norm of all gradients."""
+    finite: bool | Tensor
+    """Whether all of the gradient is finite; where not, nothing must be remembered."""
+    weights: Callable[[], Number]
+    """Norms of the parameters of each unit, shaped as the norms; costs one read of the parameters."""
 
 
 class Threshold(ABC):
     """A rule that gives the threshold of a step, and keeps what it must remember for that."""
 
+    remembers: ClassVar[bool] = True
+    """Whether there is a memory of each unit, so that parameters must come in the same order at each step."""
+
     @abstractmethod
-    def update(self, norm: Number) -> Number:
-        """The threshold for a step whose gradient norm is ``norm``."""
+    def update(self, norms: Number, moment: Moment) -> Number:
+        """The threshold for a step, and what is to be remembered of it.
+
+        Args:
+            norms: of one unit, a Python float or on a device a tensor, shape (); of several, shape (units,),
+                0 for a unit without a gradient.
+            moment: the step.
+
+        Returns:
+            One threshold for all, or one for each unit, shaped as ``norms``.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -36,20 +64,21 @@ class Threshold(ABC):
 
 
 class Constant(Threshold):
-    """The same threshold at every step.
+    """The same threshold at every step, or a schedule.
 
     Args:
-        value: in [0, inf]; inf never clips, 0 zeroes every gradient.
+        value: in [0, inf]; inf never clips, 0 zeroes every gradient. A function of the step, see
+            ``torch_clip.schedules``, is asked at each step.
     """
 
-    def __init__(self, value: float) -> None:
-        value = float(value)
-        if not value >= 0:
-            raise ValueError(f"threshold must be in [0, inf], got {value:g}")
-        self.value = value
+    remembers = False
 
-    def update(self, norm: Number) -> float:
-        return self.value
+    def __init__(self, value: Setting) -> None:
+        self.value = setting(value, "threshold", lambda value: value >= 0, "in [0, inf]")
+
+    def update(self, norms: Number, moment: Moment) -> Number:
+        value = at(self.value, moment.step)
+        return value.to(norms.dtype) if isinstance(value, Tensor) else value
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -61,7 +90,7 @@ class Constant(Threshold):
         pass
 
     def __repr__(self) -> str:
-        return f"Constant({self.value:g})"
+        return f"Constant({shown(self.value)})"
 
 
 class Percentile(Threshold):
@@ -72,82 +101,108 @@ class Percentile(Threshold):
 
     Exact, interpolated linearly between the two nearest norms as :func:`numpy.quantile` does. Norms that are
     not finite, and those that are exactly zero and so say nothing about the scale of a gradient, are not
-    recorded; with none recorded the threshold is inf.
+    recorded; with none recorded the threshold is inf. Of several units each has a history of its own.
 
     Args:
-        percentile: p in (0, 1].
-        window: the percentile is of the last ``window`` norms; None means of all.
+        percentile: p in (0, 1], or a function of the step.
+        window: the percentile is of the last ``window`` norms; None means of all, for one unit only.
     """
 
-    def __init__(self, percentile: float, window: int | None = None) -> None:
-        percentile = float(percentile)
-        if not 0 < percentile <= 1:
-            hint = (
-                f"; for the {percentile:g}th percentile give {percentile / 100:g}"
-                if 1 < percentile <= 100
-                else ""
-            )
-            raise ValueError(f"percentile must be in (0, 1], got {percentile:g}{hint}")
+    def __init__(self, percentile: Setting, window: int | None = None) -> None:
+        hint = ""
+        if not callable(percentile) and 1 < (percentile := float(percentile)) <= 100:
+            hint = f"; for the {percentile:g}th percentile give {percentile / 100:g}"
+        try:
+            self.percentile = setting(percentile, "percentile", lambda p: 0 < p <= 1, "in (0, 1]")
+        except ValueError as error:
+            raise ValueError(f"{error}{hint}") from None
         if window is not None and (window != int(window) or window < 1):
             raise ValueError(f"window must be a whole number from 1, or None for all norms, got {window}")
-        self.percentile = percentile
         self.window = None if window is None else int(window)
-        self._history: HostHistory | DeviceHistory = HostHistory(self.window)
+        self._history: HostHistory | SortedHistory | WindowHistory = HostHistory(self.window)
 
-    def update(self, norm: Number) -> Number:
-        self._move_to(norm.device if isinstance(norm, Tensor) else None)
-        self._history.append(norm)
-        threshold = self._history.quantile(self.percentile)
-        return threshold.to(norm.dtype) if isinstance(norm, Tensor) else threshold
+    def update(self, norms: Number, moment: Moment) -> Number:
+        self._move_to(norms)
+        self._history.append(norms, moment.finite)
+        threshold = self._history.quantile(at(self.percentile, moment.step))
+        return threshold.to(norms.dtype) if isinstance(norms, Tensor) else threshold
 
     def reserve(self, steps: int, device: torch.device | str) -> None:
         """Make room on ``device`` for ``steps`` norms in all, as a captured CUDA graph cannot grow."""
-        self._move_to(torch.device(device))
+        self._move_to(torch.empty((), device=device))
         self._history.reserve(steps)
 
     @property
     def history(self) -> Tensor:
-        """The recorded norms, float64 on the CPU: in order of time with a window, else sorted."""
+        """The recorded norms, float64 on the CPU: in order of time with a window, else sorted.
+
+        Of several units shape (units, window), each row in order of time and filled up with NaN.
+        """
         return self._history.to_tensor()
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "window": self.window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.window is not None and state["window"] is None and len(state["history"]) > self.window:
+        history = state["history"]
+        if self.window is not None and state["window"] is None and len(history) > self.window:
             raise ValueError(
                 f"the state holds all norms, in no order of time; window={self.window} asks for the last ones"
             )
         self.reset()
-        self._history.extend(state["history"])
+        if history.ndim == 2:
+            self._history = WindowHistory(self.window, (len(history),), torch.device("cpu"))
+        self._history.extend(history)
 
     def reset(self) -> None:
         self._history = HostHistory(self.window)
 
-    def _move_to(self, device: torch.device | None) -> None:
-        """Continue the history where the gradients are now: after loading, or when the model was moved."""
-        if device == self._history.device:
+    def _move_to(self, norms: Number) -> None:
+        """Continue the history where the norms are now: after loading, or when the model was moved."""
+        device = norms.device if isinstance(norms, Tensor) else None
+        units = tuple(norms.shape) if isinstance(norms, Tensor) else ()
+        if device == self._history.device and units == self._history.units:
             return
-        norms = self.history
-        self._history = HostHistory(self.window) if device is None else DeviceHistory(self.window, device)
-        self._history.extend(norms)
+        past = self.history
+        if units and self.window is None:
+            raise ValueError("a history of all norms is for one unit; of several units give a window")
+        if device is None:
+            self._history = HostHistory(self.window)
+        elif self.window is None:
+            self._history = SortedHistory(device)
+        else:
+            self._history = WindowHistory(self.window, units, device)
+            if units:
+                past = grown(past if past.ndim == 2 else past.new_empty(0, self.window), units[0], math.nan)
+        self._history.extend(past)
 
     def __repr__(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
-        return f"Percentile({self.percentile:g}{window})"
+        return f"Percentile({shown(self.percentile)}{window})"
+
+
+def grown(past: Tensor, units: int, fresh: float) -> Tensor:
+    """What was remembered of each unit, with ``fresh`` for units that came since."""
+    if len(past) > units:
+        raise ValueError(
+            f"{len(past)} units are remembered, and {units} came: give the same parameters in the same order "
+            "at every step"
+        )
+    return torch.cat([past, past.new_full((units - len(past), *past.shape[1:]), fresh)])
 
 
 class HostHistory:
     """Sorted norms in 8 bytes each: insertion by bisection, 20 microseconds at a million."""
 
     device = None
+    units = ()
 
     def __init__(self, window: int | None) -> None:
         self.sorted = array("d")
         self.recent = None if window is None else deque(maxlen=window)
 
-    def append(self, norm: float) -> None:
-        if not math.isfinite(norm) or norm == 0.0:
+    def append(self, norm: float, finite: bool) -> None:
+        if not (finite and math.isfinite(norm)) or norm == 0.0:
             return
         if self.recent is not None:
             if len(self.recent) == self.recent.maxlen:
@@ -180,83 +235,435 @@ class HostHistory:
         )
 
 
-class DeviceHistory:
-    """The same in device tensors, without ever reading one.
+class SortedHistory:
+    """All norms in device tensors, without ever reading one.
 
-    Without a window the sorted norms stand in a buffer between a -inf sentinel and +inf padding; a new norm x
-    is inserted by clamping it between each entry and the next, and x = +inf is a no-op. With a window a ring
-    is sorted at each step. All tensors keep their place, as a captured CUDA graph needs.
+    They stand sorted in a buffer between a -inf sentinel and +inf padding; a new norm x is inserted by
+    clamping it between each entry and the next, and x = +inf is a no-op. All tensors keep their place, as a
+    captured CUDA graph needs.
     """
 
-    def __init__(self, window: int | None, device: torch.device) -> None:
+    units = ()
+
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.window = window
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self._appended = 0  # upper bound of count that the host knows without asking
-        self._buffer = torch.empty(0, dtype=torch.float64, device=device)
-        self._write = torch.zeros((), dtype=torch.int64, device=device)
-        self.reserve(1024 if window is None else window)
+        self._buffer = torch.full((1,), -math.inf, dtype=torch.float64, device=device)
+        self.reserve(1024)
 
     def reserve(self, capacity: int) -> None:
         """Room for ``capacity`` norms."""
-        if self.window is not None:
-            capacity = self.window
-        size = capacity if self.window is not None else capacity + 2
-        if size <= len(self._buffer):
-            return
-        grown = torch.full((size,), math.inf, dtype=torch.float64, device=self.device)
-        grown[: len(self._buffer)] = self._buffer
-        if self.window is None:
-            grown[:1].fill_(-math.inf)
-        self._buffer = grown
+        more = capacity + 2 - len(self._buffer)
+        if more > 0:
+            self._buffer = torch.cat([self._buffer, self._buffer.new_full((more,), math.inf)])
 
-    def append(self, norm: Tensor) -> None:
-        usable = torch.isfinite(norm) & (norm != 0)
-        norm = norm.to(self._buffer.dtype)
-        if self.window is None:
-            self._appended += 1
-            if self._appended > len(self._buffer) - 2:
-                self.reserve(2 * self._appended)
-            norm = torch.where(usable, norm, math.inf)
-            self._buffer[1:] = torch.clamp(norm, self._buffer[:-1], self._buffer[1:])
-            self.count += usable
-        else:
-            at_write = torch.arange(self.window, device=self.device) == self._write
-            self._buffer.copy_(torch.where(at_write & usable, norm, self._buffer))
-            self._write.copy_((self._write + usable) % self.window)
-            self.count.copy_(torch.clamp(self.count + usable, max=self.window))
+    def append(self, norm: Tensor, finite: bool | Tensor) -> None:
+        usable = torch.isfinite(norm) & (norm != 0) & finite
+        self._appended += 1
+        if self._appended > len(self._buffer) - 2:
+            self.reserve(2 * self._appended)
+        norm = torch.where(usable, norm.to(self._buffer.dtype), math.inf)
+        self._buffer[1:] = torch.clamp(norm, self._buffer[:-1], self._buffer[1:])
+        self.count += usable
 
     def extend(self, norms: Tensor) -> None:
-        if not len(norms):
-            return
         self.reserve(2 * len(norms))
-        norms = norms[-self.window :] if self.window is not None else norms
-        start = 0 if self.window is not None else 1
-        self._buffer[start : start + len(norms)] = norms.to(self.device)
+        self._buffer[1 : 1 + len(norms)] = norms.to(self.device)
         self.count.fill_(len(norms))
         self._appended = len(norms)
-        if self.window is not None:
-            self._write.fill_(len(norms) % self.window)
 
-    def quantile(self, percentile: float) -> Tensor:
-        values = self._buffer[1:] if self.window is None else self._buffer.sort().values
-        last = (self.count - 1).clamp(min=0)
-        position = percentile * last.to(torch.float64)
-        below = position.floor()
-        index = below.to(torch.int64)
-        low = values.gather(0, index.view(1)).view(())
-        high = values.gather(0, torch.minimum(index + 1, last).view(1)).view(())
-        return _lerp(low, high, position - below)
+    def quantile(self, percentile: Number) -> Tensor:
+        return _quantile(self._buffer[1:], self.count, percentile)
 
     def to_tensor(self) -> Tensor:
-        count = int(self.count)
-        if self.window is None:
-            return self._buffer[1 : 1 + count].cpu()
-        start = int(self._write) if count == self.window else 0
-        return self._buffer.roll(-start)[:count].cpu()
+        return self._buffer[1 : 1 + int(self.count)].cpu()
+
+
+class WindowHistory:
+    """The last norms of each unit in a ring, sorted at each step; nothing is ever read.
+
+    Args:
+        window: norms of a unit.
+        units: their shape, () or (units,).
+        device: of the norms.
+    """
+
+    def __init__(self, window: int, units: tuple[int, ...], device: torch.device) -> None:
+        self.window, self.units, self.device = window, units, device
+        self.count = torch.zeros(units, dtype=torch.int64, device=device)
+        self._ring = torch.full((*units, window), math.inf, dtype=torch.float64, device=device)
+        self._write = torch.zeros(units, dtype=torch.int64, device=device)
+        self._places = torch.arange(window, device=device)
+
+    def reserve(self, capacity: int) -> None:
+        """There is room."""
+
+    def on(self, device: torch.device) -> WindowHistory:
+        """The same on ``device``."""
+        if device == self.device:
+            return self
+        moved = WindowHistory(self.window, self.units, device)
+        for name in ("count", "_ring", "_write"):
+            getattr(moved, name).copy_(getattr(self, name), non_blocking=True)
+        return moved
+
+    def append(self, norms: Tensor, finite: bool | Tensor) -> None:
+        usable = torch.isfinite(norms) & (norms != 0) & finite
+        here = (self._places == self._write.unsqueeze(-1)) & usable.unsqueeze(-1)
+        self._ring.copy_(torch.where(here, norms.unsqueeze(-1), self._ring))
+        self._write.copy_((self._write + usable) % self.window)
+        self.count.copy_(torch.clamp(self.count + usable, max=self.window))
+
+    def extend(self, norms: Tensor) -> None:
+        """Go on after ``norms``, (..., up to window), oldest first, filled up with NaN."""
+        if norms.shape[-1] > self.window:
+            rows = [row[row.isfinite()][-self.window :] for row in norms.view(-1, norms.shape[-1])]
+            norms = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
+            norms = norms.view(*self.units, -1)
+        norms = norms.to(self.device)
+        known = norms.isfinite()
+        self._ring[..., : norms.shape[-1]] = torch.where(known, norms, math.inf)
+        self.count.copy_(known.sum(-1))
+        self._write.copy_(self.count % self.window)
+
+    def quantile(self, percentile: Number) -> Tensor:
+        return _quantile(self._ring.sort().values, self.count, percentile)
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Mean and sample standard deviation; NaN of fewer than two norms."""
+        known = self._places < self.count.unsqueeze(-1)
+        mean = torch.where(known, self._ring, 0.0).sum(-1) / self.count
+        squares = torch.where(known, self._ring - mean.unsqueeze(-1), 0.0).square().sum(-1)
+        return mean, (squares / (self.count - 1)).sqrt()
+
+    def to_tensor(self) -> Tensor:
+        start = torch.where(self.count == self.window, self._write, 0).unsqueeze(-1)
+        norms = self._ring.gather(-1, (self._places + start) % self.window).cpu()
+        if not self.units:
+            return norms[: int(self.count)]
+        return torch.where(norms.isfinite(), norms, math.nan)
+
+
+def _quantile(ordered: Tensor, count: Tensor, percentile: Number) -> Tensor:
+    """Of the first ``count`` of ``ordered`` along the last dimension; inf if there are none."""
+    last = (count - 1).clamp(min=0)
+    position = percentile * last.to(torch.float64)
+    below = position.floor()
+    index = below.to(torch.int64)
+    low = ordered.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    high = ordered.gather(-1, torch.minimum(index + 1, last).unsqueeze(-1)).squeeze(-1)
+    return _lerp(low, high, position - below)
 
 
 def _lerp(low: Number, high: Number, t: Number) -> Number:
     """Linear interpolation as numpy's, from whichever end is nearer, so that results agree bit for bit."""
     step = high - low
     return where(isfinite(high), where(t < 0.5, low + step * t, high - step * (1 - t)), high)
+
+
+class Memory:
+    """Some numbers of each unit: Python floats of one unit on the host, else tensors beside the norms.
+
+    Tensors keep their place, as a captured CUDA graph needs. Of one unit they are float64, as Python's floats
+    are, of several they have the dtype of the norms.
+
+    Args:
+        **fresh: name of a number -> its value for a unit that nothing is known of.
+    """
+
+    def __init__(self, **fresh: float) -> None:
+        self._fresh = fresh
+        self._values: dict[str, Number] = dict(fresh)
+
+    def beside(self, norms: Number) -> list[Number]:
+        """The numbers, in order, where ``norms`` are and of as many units."""
+        for name, value in self._values.items():
+            self._values[name] = self._fit(value, self._fresh[name], norms)
+        return list(self._values.values())
+
+    @staticmethod
+    def _fit(value: Number, fresh: float, norms: Number) -> Number:
+        if not isinstance(norms, Tensor):
+            return value if isinstance(value, float) else value.item()
+        dtype = norms.dtype if norms.ndim else torch.float64
+        if isinstance(value, Tensor) and (value.shape, value.device, value.dtype) == (
+            norms.shape,
+            norms.device,
+            dtype,
+        ):
+            return value
+        if norms.ndim == 0:
+            return tensor(value, dtype, norms.device).clone()
+        past = value if isinstance(value, Tensor) and value.ndim else torch.empty(0)
+        return grown(past.to(norms.device, dtype), len(norms), fresh)
+
+    def remember(self, *values: Number) -> None:
+        """New numbers, in the order of ``beside``."""
+        for name, value in zip(self._values, values, strict=True):
+            if isinstance(value, Tensor):
+                self._values[name].copy_(value)
+            else:
+                self._values[name] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: v.clone() if isinstance(v, Tensor) else v for name, v in self._values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        loaded = ((name, state[name]) for name in self._values)
+        self._values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in loaded}
+
+    def reset(self) -> None:
+        self._values = dict(self._fresh)
+
+
+class _Remembering(Threshold):
+    """A rule whose state is a ``Memory``."""
+
+    _memory: Memory
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._memory.load_state_dict(state)
+
+    def reset(self) -> None:
+        self._memory.reset()
+
+
+def _usable(norms: Number, moment: Moment) -> bool | Tensor:
+    """Which norms say something about the scale of gradients."""
+    return isfinite(norms) & (norms > 0) & moment.finite
+
+
+_SPREAD_EPS = 1e-6
+
+TARGETS: dict[str, Callable[[Number, Number, Number, float], Number]] = {
+    "reciprocal": lambda mean, std, z, limit: mean + limit * limit * quotient(std, z),
+    "mean": lambda mean, std, z, limit: mean,
+    "fixed": lambda mean, std, z, limit: mean + limit * std,
+}
+"""Where a spike is brought to, given mean and spread of the norms, its z-score, and the limit."""
+
+
+class ZScore(_Remembering):
+    r"""A bound on how many standard deviations a norm may lie above the mean of those before it.
+
+    .. math::
+        z = \frac{n - \mu}{\sigma + 10^{-6}}, \qquad T = \begin{cases}
+            \mu + z_{max}^2 \sigma / z & \text{if } z > z_{max} \text{ (target "reciprocal")} \
+            \mu + z_{max} (\sigma + 10^{-6}) & \text{otherwise, which clips nothing} \end{cases}
+
+    and then, with e = T for a spike and n otherwise,
+
+    .. math::
+        \mu \leftarrow \alpha \mu + (1 - \alpha) e, \qquad
+        \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) (e - \mu)^2
+
+    from the mean and the variance of the first ``warmup`` norms, during which T is inf. Norms that are zero
+    or not finite change nothing.
+
+    Args:
+        limit: :math:`z_{max}`, above 0.
+        decay: :math:`\alpha`, in [0, 1).
+        warmup: norms to begin with, a whole number from 1.
+        target: where a spike is brought to: ``"reciprocal"``, nearer to the mean the higher it is;
+            ``"mean"``; or ``"fixed"``, :math:`\mu + z_{max} \sigma`.
+        most: T is never more than this; inf means no such cap.
+    """
+
+    def __init__(
+        self,
+        limit: float = 2.5,
+        decay: float = 0.97,
+        warmup: int = 25,
+        target: str = "reciprocal",
+        most: float = math.inf,
+    ) -> None:
+        self.limit = setting(limit, "z_threshold", lambda z: 0 < z < math.inf, "in (0, inf)")
+        self.decay = setting(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.warmup = whole(warmup, "warmup")
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        self.target = target
+        self.most = setting(most, "max_grad_norm", lambda most: most > 0, "in (0, inf], or None")
+        self._memory = Memory(recorded=0.0, mean=0.0, variance=0.0)
+
+    def update(self, norms: Number, moment: Moment) -> Number:
+        recorded, mean, variance = self._memory.beside(norms)
+        usable, warm = _usable(norms, moment), recorded >= self.warmup
+        std = sqrt(variance)
+        z = (norms - mean) / (std + _SPREAD_EPS)
+        spike = warm & (z > self.limit)
+        threshold = where(warm, mean + self.limit * (std + _SPREAD_EPS), math.inf)
+        threshold = where(spike, TARGETS[self.target](mean, std, z, self.limit), threshold)
+
+        effective = where(spike, threshold, norms)
+        # Welford's mean and variance of all norms in the warm-up, moving ones after it.
+        count = recorded + 1
+        weight = where(warm, 1 - self.decay, 1 / count)
+        moved = mean + weight * (effective - mean)
+        spread = where(warm, effective - moved, effective - mean) * (effective - moved)
+        spread = variance + weight * (spread - variance)
+        self._memory.remember(
+            where(usable, where(warm, recorded, count), recorded),
+            where(usable, moved, mean),
+            where(usable, spread, variance),
+        )
+        threshold = minimum(threshold, self.most)
+        return threshold.to(norms.dtype) if isinstance(norms, Tensor) else threshold
+
+    def __repr__(self) -> str:
+        return f"ZScore({self.limit:g}, decay={self.decay:g}, warmup={self.warmup}, target={self.target!r})"
+
+
+class WeightNorm(Threshold):
+    r"""A share of the norm of the unit's own weights.
+
+    .. math::
+        T = \lambda \max(\|W\|_2, \epsilon)
+
+    Args:
+        factor: :math:`\lambda`, in [0, inf].
+        eps: :math:`\epsilon`, above 0, so that weights of zero can grow.
+    """
+
+    remembers = False
+
+    def __init__(self, factor: Setting = 0.01, eps: float = 1e-3) -> None:
+        self.factor = setting(factor, "threshold", lambda factor: factor >= 0, "in [0, inf]")
+        self.eps = setting(eps, "eps", lambda eps: 0 < eps < math.inf, "in (0, inf)")
+
+    def update(self, norms: Number, moment: Moment) -> Number:
+        weights = moment.weights()
+        threshold = at(self.factor, moment.step) * where(weights > self.eps, weights, self.eps)
+        return threshold.to(norms.dtype) if isinstance(norms, Tensor) else threshold
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"WeightNorm({shown(self.factor)}, eps={self.eps:g})"
+
+
+class MovingNorm(_Remembering):
+    r"""A factor above the moving average of the unit's own clipped norms.
+
+    .. math::
+        T = \lambda_{rel} \gamma, \qquad \gamma \leftarrow \beta \gamma + (1 - \beta) \min(n, T)
+
+    During the first ``warmup`` steps the gradient as a whole is clipped at a constant instead,
+    :math:`T = h n` with :math:`h = \min(1, \lambda_{abs} / \|g\|_2)`, and :math:`\gamma` is the smallest h n
+    so far. A unit whose first gradient comes later begins then. :math:`\gamma` is never below ``eps``, and
+    steps whose gradient is zero or not finite change nothing.
+
+    Args:
+        relative: :math:`\lambda_{rel}`, above 1, or the threshold could only fall.
+        absolute: :math:`\lambda_{abs}`, above 0.
+        decay: :math:`\beta`, in [0, 1).
+        warmup: steps, a whole number from 1.
+        eps: above 0, in units of a norm.
+    """
+
+    def __init__(
+        self,
+        relative: float = 1.05,
+        absolute: float = 1.0,
+        decay: float = 0.98,
+        warmup: int = 100,
+        eps: float = 1e-8,
+    ) -> None:
+        self.relative = setting(relative, "relative", lambda factor: factor > 1, "in (1, inf]")
+        self.absolute = setting(absolute, "absolute", lambda norm: norm > 0, "in (0, inf]")
+        self.decay = setting(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.warmup = whole(warmup, "warmup")
+        self.eps = setting(eps, "eps", lambda eps: 0 < eps < math.inf, "in (0, inf)")
+        self._steps = Memory(warmup_steps=0.0)
+        self._memory = Memory(average=math.inf)
+
+    def update(self, norms: Number, moment: Moment) -> Number:
+        (steps,) = self._steps.beside(moment.total)
+        (average,) = self._memory.beside(norms)
+        usable = _usable(norms, moment)
+        begins = (average == math.inf) | (steps < self.warmup)
+        whole_gradient = hard(moment.total, self.absolute)
+        threshold = where(begins, whole_gradient * norms, self.relative * average)
+
+        clipped = minimum(norms, threshold)
+        moved = where(begins, minimum(clipped, average), average + (1 - self.decay) * (clipped - average))
+        moved = where(moved > self.eps, moved, self.eps)
+        self._memory.remember(where(usable, moved, average))
+        counts = _usable(moment.total, moment) & (steps < self.warmup)
+        self._steps.remember(where(counts, steps + 1, steps))
+        return threshold.to(norms.dtype) if isinstance(norms, Tensor) else threshold
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._steps.state_dict() | super().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps.load_state_dict(state)
+        super().load_state_dict(state)
+
+    def reset(self) -> None:
+        self._steps.reset()
+        super().reset()
+
+    def __repr__(self) -> str:
+        return (
+            f"MovingNorm({self.relative:g}, absolute={self.absolute:g}, decay={self.decay:g}, "
+            f"warmup={self.warmup})"
+        )
+
+
+class MeanOverRms(_Remembering):
+    r"""The mean of the unit's norms over their root mean square: in (0, 1], and smaller after a spike.
+
+    .. math::
+        m \leftarrow \gamma_1 m + (1 - \gamma_1) n, \qquad
+        v \leftarrow \gamma_2 v + (1 - \gamma_2) n^2, \qquad
+        T = \frac{m / (1 - \gamma_1^t)}{\sqrt{v / (1 - \gamma_2^t)}}
+
+    with t norms so far, the current one included. Norms that are zero or not finite change nothing.
+
+    Args:
+        mean_decay: :math:`\gamma_1`, in [0, 1).
+        square_decay: :math:`\gamma_2`, in [0, 1).
+    """
+
+    def __init__(self, mean_decay: float = 0.7, square_decay: float = 0.9) -> None:
+        self.mean_decay = setting(mean_decay, "mean_decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.square_decay = setting(square_decay, "square_decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        # What is left of the zeros that both averages began with stands in for the count.
+        self._memory = Memory(mean=0.0, mean_left=1.0, square=0.0, square_left=1.0)
+
+    def update(self, norms: Number, moment: Moment) -> Number:
+        usable = _usable(norms, moment)
+        values = self._memory.beside(norms)
+        decays = (self.mean_decay, self.mean_decay, self.square_decay, self.square_decay)
+        takes = (norms, 0.0, norms * norms, 0.0)
+        values = [
+            where(usable, decay * value + (1 - decay) * new, value)
+            for value, decay, new in zip(values, decays, takes, strict=True)
+        ]
+        self._memory.remember(*values)
+        mean, mean_left, square, square_left = values
+        threshold = quotient(mean, 1 - mean_left) / sqrt(quotient(square, 1 - square_left))
+        threshold = where(mean > 0, threshold, norms)
+        return threshold.to(norms.dtype) if isinstance(norms, Tensor) else threshold
+
+    def __repr__(self) -> str:
+        return f"MeanOverRms({self.mean_decay:g}, {self.square_decay:g})"
+
+
+def whole(value: float, name: str, least: int = 1) -> int:
+    """``value`` as an int; a ``ValueError`` names a setting that is no whole number from ``least``."""
+    if value != int(value) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, got {value}")
+    return int(value)

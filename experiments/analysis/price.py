@@ -23,8 +23,9 @@ COLUMNS = {
 
 
 def markdown(rows: list[dict[str, Any]], place: dict[str, Any]) -> str:
-    """Render a table, with the line that says where it was measured."""
-    where = ", ".join(f"{name} {value}" for name, value in place.items() if name != "rounds")
+    """Render a table, with the line that says where it was measured, and what a method does to cost more."""
+    said = ("rounds", "notes")
+    where = ", ".join(f"{name} {value}" for name, value in place.items() if name not in said)
     lines = [
         f"Median of {place['rounds']} interleaved rounds, ratios paired by round; {where}.",
         "",
@@ -34,6 +35,10 @@ def markdown(rows: list[dict[str, Any]], place: dict[str, Any]) -> str:
     for row in rows:
         numbers = [f"{row['milliseconds']:.3g}", *(f"{row[key]:.2f}" for key in list(COLUMNS)[4:])]
         lines.append("| " + " | ".join([row["model"], row["optimizer"], row["contender"], *numbers]) + " |")
+    notes = place.get("notes", {})
+    if notes:
+        lines += ["", "More than one read of the gradients:", ""]
+        lines += [f"- `{method}`: {note}." for method, note in notes.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -56,6 +56,20 @@ MODELS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 
 
 METHODS = tuple(CLIPPINGS)
+# What a method does to the gradients besides the one read for their norm and what the optimizer does.
+NOTES = {
+    "layer_wise": "writes the tensors that it clips, as each has a factor of its own",
+    "coordinate_wise": "clamps, and reads again what it clamped for the share and the norm after",
+    "layer_wise_autoclip": "as layer_wise; sorts the last norms of each tensor",
+    "agc": "reads the parameters too, for the norms of their rows, and writes the rows that it clips",
+    "adagc": "as layer_wise",
+    "spam": "reads and writes an average beside each element, and clamps",
+    "adaclip": "reads for the largest elements, and where it clips reads and writes again",
+    "adagn": "writes every tensor, as each has a factor of its own",
+    "stable_spam": "adaclip and then adagn, with the norms taken for each",
+    "uclip": "adds a carry beside each element, clamps, and writes the carry, with norms before and after",
+    "spike_guard": "only the read; some 30 operations on single numbers",
+}
 
 
 class Row(NamedTuple):
@@ -112,6 +126,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rounds": rounds,
+        "notes": {method: NOTES[method] for method in methods if method in NOTES},
     }
     return rows, place
 
@@ -140,7 +155,7 @@ def _contenders(
     steps = {PLAIN: plain.step, NORM_ALONE: norm_alone, TORCH: clip_and_step}
     for method in methods:
         for clips in (True, False):
-            clipping = _tuned(method, clips, total, float(norms.median()))
+            clipping = _tuned(method, clips, norms)
             if clipping is not None:
                 name = f"{method}, {'clipped' if clips else 'not clipped'}"
                 steps[name] = torch_clip.clip(optimizer(), clipping).step
@@ -149,25 +164,53 @@ def _contenders(
         steps["coordinate_wise (measure=False), clipped"] = torch_clip.clip(optimizer(), clipping).step
     if "auto_clip" in methods:
         for recorded in (1_000, 1_000_000):
-            clipping = _tuned("auto_clip", True, total, 0.0, recorded)
+            clipping = _tuned("auto_clip", True, norms, recorded)
             steps[f"auto_clip, {recorded:,} norms"] = torch_clip.clip(optimizer(), clipping).step
     return steps
 
 
-def _tuned(
-    method: str, clips: bool, total: float, median: float, recorded: int = 100
-) -> torch_clip.Clipping | None:
-    """The method with settings under which it clips about everything, or nothing."""
-    if method == "no_clip":
-        return None if clips else CLIPPINGS[method]()
+def _tuned(method: str, clips: bool, norms: Tensor, recorded: int = 100) -> torch_clip.Transform | None:
+    """The method with settings under which it clips about everything, or nothing; None if it cannot.
+
+    Args:
+        method: a key of ``CLIPPINGS``.
+        clips: whether it shall clip.
+        norms: of the gradients that it will meet.
+        recorded: norms in the history of the auto methods.
+    """
+    make, total = CLIPPINGS[method], float(torch.linalg.vector_norm(norms))
+    if method in ("no_clip", "spike_guard"):
+        return None if clips else make()
+    if method in ("adagn", "normalized"):
+        return make() if clips else None
+    share = 0.25 if clips else 10.0  # of the norms to come, what the method remembers
+    if method == "agc":
+        return make(1e-6 if clips else math.inf, exclude=None)
+    if method == "spam":
+        return make(theta=1e-9 if clips else 5000.0, warmup=1)
+    clipping = make()
     if "auto" in method:
-        clipping = CLIPPINGS[method](percentile=0.25 if clips else 1.0)
+        clipping = make(percentile=0.25 if clips else 1.0)
         # A past in which three of four norms were half as long.
-        past = torch.linspace(0.5, 1.0 if clips else 0.5, recorded, dtype=torch.float64) * total
-        clipping.threshold.load_state_dict({"history": past, "window": None})
-        return clipping
-    threshold = {"layer_wise": 0.5 * median, "coordinate_wise": 5e-3}.get(method, 0.5 * total)
-    return CLIPPINGS[method](threshold if clips else math.inf)
+        past = torch.linspace(0.5, 1.0 if clips else 0.5, recorded, dtype=torch.float64)
+        per_tensor = method == "layer_wise_autoclip"
+        past = norms.cpu()[:, None] * past if per_tensor else past * total
+        state = {"history": past, "window": recorded if per_tensor else None}
+    elif method == "zclip":
+        state = {"recorded": 25.0, "mean": share * total, "variance": (0.01 * total) ** 2}
+    elif method == "adagc":
+        state = {"warmup_steps": 100.0, "average": share * norms.cpu()}
+    elif method in ("adaclip", "stable_spam"):
+        largest = torch.full((len(norms),), 1e-3 if clips else 1e3)
+        state = {"largest": largest, "left": torch.zeros(len(norms))}
+        if method == "stable_spam":
+            clipping.clippings[0].recall(state)
+            return clipping
+    else:
+        threshold = {"layer_wise": 0.5 * float(norms.median()), "coordinate_wise": 5e-3, "uclip": 5e-3}
+        return make(threshold.get(method, 0.5 * total) if clips else math.inf)
+    clipping.recall(state)
+    return clipping
 
 
 def _interleave(

@@ -8,8 +8,10 @@ import torch
 from torch_clip.clipping import Clipping
 from torch_clip.gates import RandomGate
 from torch_clip.methods import AutoClip, LinearRandNormClip, NormClip
-from torch_clip.norms import Global, PerTensor, multiply_, ratio, tensor_norms
-from torch_clip.scalars import clip_coef, isfinite, number, where
+from torch_clip.norms import tensor_norms
+from torch_clip.scalars import isfinite, number, opposite, where
+from torch_clip.scopes import Global, PerTensor, Scope, multiply_, ratio
+from torch_clip.shapes import hard
 from torch_clip.thresholds import Constant, Threshold
 
 
@@ -17,15 +19,15 @@ def share(condition):
     return condition.to(torch.float32) if isinstance(condition, torch.Tensor) else float(condition)
 
 
-class Whole(PerTensor):
+class Whole(Scope):
     """A scope of our own for the whole gradient; no ``Global``, so that no fused kernel takes its place."""
 
     unit = "steps"
 
     def coef(self, total, threshold):
-        return clip_coef(total, threshold)
+        return hard(total, threshold)
 
-    def scale_(self, grads, measured, fires):
+    def scale_(self, grads, measured, coef_of):
         coef = self.coef(measured.total, measured.threshold)
         multiply_(grads.tensors, coef)
         return coef, share(coef != 1)
@@ -47,16 +49,17 @@ class Lawful(Planted):
 class NoOp(Planted):
     """Clips nothing, and does not say so."""
 
-    class scope_class(Global):
-        def coef(self, total, threshold, fires):
-            return torch.ones_like(total) if isinstance(total, torch.Tensor) else 1.0
+    scope_class = Global
+
+    def _coef_of(self, measured):
+        return lambda total, threshold: torch.ones_like(total) if isinstance(total, torch.Tensor) else 1.0
 
 
 class LyingNoOp(Planted):
     """Clips nothing, and says that it does."""
 
     class scope_class(Whole):
-        def scale_(self, grads, measured, fires):
+        def scale_(self, grads, measured, coef_of):
             coef = self.coef(measured.total, measured.threshold)
             return coef, share(coef != 1)
 
@@ -66,9 +69,9 @@ class ClipsTheMomentum(NormClip):
 
     optimizer = None
 
-    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None):
+    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None, finite=True):
         self.optimizer = describe.args[0] if describe else None
-        return super().measure(grads, grad_scale, threshold_scale, describe)
+        return super().measure(grads, grad_scale, threshold_scale, describe, finite)
 
     def record(self, measured, coef, clipped):
         optimizer, self.optimizer = self.optimizer, None
@@ -85,7 +88,7 @@ class OwnMomentum(Planted):
         def __init__(self):
             self.buffers = []
 
-        def scale_(self, grads, measured, fires):
+        def scale_(self, grads, measured, coef_of):
             if len(self.buffers) != len(grads.tensors):
                 self.buffers = [torch.zeros_like(grad) for grad in grads.tensors]
             coef = self.coef(measured.total, measured.threshold)
@@ -111,9 +114,9 @@ class DrawsPerTensor(LinearRandNormClip):
     """B6: a coin for each tensor."""
 
     class Coins(Whole):
-        def scale_(self, grads, measured, fires):
+        def scale_(self, grads, measured, coef_of):
             coef = self.coef(measured.total, measured.threshold)
-            fired = [fires(coef) for _ in grads.tensors]
+            fired = [coef_of(measured.total, measured.threshold) == coef for _ in grads.tensors]
             for grad, one in zip(grads.tensors, fired, strict=True):
                 grad.mul_(where(one, coef, 1.0))
             after = number(torch.linalg.vector_norm(tensor_norms(grads)))
@@ -123,9 +126,11 @@ class DrawsPerTensor(LinearRandNormClip):
         super().__init__(threshold, beta, seed=seed, nonfinite=nonfinite)
         self.scope = self.Coins()
 
-    def _gate_of(self, measured):
+    def _coef_of(self, measured):
         draws = itertools.count(1000 * self._counts_beside(measured.total)[0])
-        return lambda coef: self.gate.fires(coef, next(draws))
+        return lambda total, threshold: where(
+            self.gate.fires(hard(total, threshold), next(draws)), hard(total, threshold), 1.0
+        )
 
 
 class DrawsFromTorch(Planted):
@@ -133,7 +138,7 @@ class DrawsFromTorch(Planted):
 
     class scope_class(Whole):
         def coef(self, total, threshold):
-            return where(bool(torch.rand(()) < 0.85), clip_coef(total, threshold), 1.0)
+            return where(bool(torch.rand(()) < 0.85), hard(total, threshold), 1.0)
 
 
 class AbsorbsNaN(Clipping):
@@ -143,7 +148,7 @@ class AbsorbsNaN(Clipping):
         def __init__(self):
             self.mean = 0.0
 
-        def update(self, norm):
+        def update(self, norm, moment):
             mean = where(self.mean == 0, norm, 0.9 * self.mean + 0.1 * norm)
             self.mean = where(norm == 0, self.mean, mean)
             return self.mean
@@ -165,13 +170,13 @@ class AbsorbsNaN(Clipping):
 class ReadsTheDevice(Planted):
     class scope_class(Whole):
         def coef(self, total, threshold):
-            return clip_coef(float(total), threshold)
+            return hard(float(total), threshold)
 
 
 class CopiesToTheHost(Planted):
     class scope_class(Whole):
         def coef(self, total, threshold):
-            return clip_coef(total.cpu() if isinstance(total, torch.Tensor) else total, threshold)
+            return hard(total.cpu() if isinstance(total, torch.Tensor) else total, threshold)
 
 
 class Lengthens(Planted):
@@ -180,7 +185,7 @@ class Lengthens(Planted):
     class scope_class(Whole):
         def coef(self, total, threshold):
             if threshold == math.inf:
-                return clip_coef(total, threshold)
+                return hard(total, threshold)
             return where(total == 0, 1.0, threshold / where(total == 0, 1.0, total))
 
 
@@ -194,7 +199,7 @@ class PerGroup(Planted):
     class scope_class(Whole):
         groups = ()
 
-        def scale_(self, grads, measured, fires):
+        def scale_(self, grads, measured, coef_of):
             group_of = {id(param): g for g, params in enumerate(self.groups) for param in params}
             groups = [group_of.get(id(param), 0) for param in grads.params]
             coefs = []
@@ -207,52 +212,56 @@ class PerGroup(Planted):
             after = number(torch.linalg.vector_norm(tensor_norms(grads)))
             return ratio(after, measured.total), share(sum(coef != 1 for coef in coefs) > 0)
 
-    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None):
+    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None, finite=True):
         groups = describe.args[0].param_groups if describe else ()
         self.scope.groups = [group["params"] for group in groups]
-        return super().measure(grads, grad_scale, threshold_scale, describe)
+        return super().measure(grads, grad_scale, threshold_scale, describe, finite)
 
 
 class PerTensorInDisguise(Planted):
     """A norm for each tensor, of a method that says its unit is the whole gradient."""
 
     class scope_class(Whole):
-        def scale_(self, grads, measured, fires):
-            coef, clipped = PerTensor.scale_(self, grads, measured, fires)
+        def scale_(self, grads, measured, coef_of):
+            scope = PerTensor()
+            measured = measured._replace(lengths=scope.norms(grads)[1])
+            coef, clipped = scope.scale_(grads, measured, coef_of)
             return coef, share(clipped > 0)
 
 
 class NormInHalf(Planted):
     """B17: the norm in the gradient's dtype."""
 
-    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None):
-        measured = super().measure(grads, grad_scale, threshold_scale, describe)
+    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None, finite=True):
+        measured = super().measure(grads, grad_scale, threshold_scale, describe, finite)
         if not grads.tensors:
             return measured
         norms = torch.stack([grad.norm().float() for grad in grads.tensors])
         total = number(torch.linalg.vector_norm(norms))
-        return measured._replace(total=total, finite=isfinite(total))
+        finite = isfinite(total)
+        skip = opposite(finite) if self.nonfinite == "skip" else False
+        return measured._replace(total=total, finite=finite, skip=skip)
 
 
 class SaysAnotherThreshold(Planted):
     """Clips at one threshold, and publishes another."""
 
     def record(self, measured, coef, clipped):
-        return super().record(measured._replace(threshold=2 * measured.threshold), coef, clipped)
+        return super().record(measured._replace(shown=2 * measured.shown), coef, clipped)
 
 
 class TakesScaledNorms(NormClip):
     """Measures what a GradScaler has scaled."""
 
-    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None):
-        return super().measure(grads, 1.0, threshold_scale, describe)
+    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None, finite=True):
+        return super().measure(grads, 1.0, threshold_scale, describe, finite)
 
 
 class Replaces(Planted):
     """Puts new tensors in the place of the gradients."""
 
     class scope_class(Whole):
-        def scale_(self, grads, measured, fires):
+        def scale_(self, grads, measured, coef_of):
             coef = self.coef(measured.total, measured.threshold)
             for param in grads.params:
                 param.grad = param.grad * coef
@@ -262,9 +271,9 @@ class Replaces(Planted):
 class LocalNorm(NormClip):
     """B23: the norm of this rank's shards."""
 
-    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None):
+    def measure(self, grads, grad_scale=1.0, threshold_scale=1.0, describe=None, finite=True):
         grads.meshes.clear()
-        return super().measure(grads, grad_scale, threshold_scale, describe)
+        return super().measure(grads, grad_scale, threshold_scale, describe, finite)
 
 
 class DrawsByRank(LinearRandNormClip):

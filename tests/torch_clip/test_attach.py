@@ -94,7 +94,7 @@ def test_what_cannot_be_clipped_is_refused(parameters):
     with pytest.raises(TypeError, match="Linear has no step hooks"):
         clip(torch.nn.Linear(1, 1), NormClip())
     for wrong in (NormClip, 1.0, "norm", None):
-        with pytest.raises(TypeError, match="clipping must be a torch_clip Clipping such as NormClip"):
+        with pytest.raises(TypeError, match="clipping must be of torch_clip, such as NormClip"):
             clip(SGD(parameters([1.0])), wrong)
 
 

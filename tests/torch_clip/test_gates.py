@@ -9,7 +9,9 @@ from torch_clip import CLIPPINGS, clip
 from torch_clip.gates import RandomGate, uniform
 from torch_clip.methods import LinearRandNormClip
 
-RANDOM = [name for name, method in CLIPPINGS.items() if isinstance(method().gate, RandomGate)]
+RANDOM = [
+    name for name, method in CLIPPINGS.items() if isinstance(getattr(method(), "gate", None), RandomGate)
+]
 SEEDS = [0, 1, 12345, -7, 2**63 + 11, 2**80 + 3]
 
 # The first outputs of SplitMix64 as published, from seeds 0 and 1234567.

@@ -20,7 +20,7 @@ from torch_clip.methods import (
     QuadraticRandAutoClip,
     QuadraticRandNormClip,
 )
-from torch_clip.norms import Element, Global, PerTensor
+from torch_clip.scopes import Element, Global, PerTensor
 from torch_clip.thresholds import Constant, Percentile
 
 STEPS = 40
@@ -133,7 +133,7 @@ def numpy_clip(name, steps, level, percentile, beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("percentile", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("name", CLIPPINGS)
+@pytest.mark.parametrize("name", list(CLIPPINGS)[:9])  # the others have files of their own
 def test_methods_follow_their_formula(heavy_tailed, parameters, name, percentile, dtype):
     method = CLIPPINGS[name]
     # Thresholds that clip some of the steps, tensors and elements, and not all of them.
@@ -168,7 +168,7 @@ def test_random_methods_with_beta_one_are_the_plain_ones(heavy_tailed, parameter
 
 def test_defaults():
     # B4, B7, B12: each default is reachable and clips.
-    for name, method in CLIPPINGS.items():
+    for name, method in list(CLIPPINGS.items())[:9]:  # the original's
         clipping = method()
         if isinstance(clipping.threshold, Percentile):
             assert clipping.threshold.percentile == 0.75
@@ -197,7 +197,7 @@ def test_defaults():
             lambda: NormClip(1.0, nonfinite="skpi"),
             "nonfinite must be one of skip, propagate, error, got 'skpi'",
         ),
-        (lambda: Clipping(PerTensor(), Percentile(0.5)), "with scope PerTensor() use Constant"),
+        (lambda: Clipping(PerTensor(), Percentile(0.5)), "would keep every norm of each unit; give a window"),
         (
             lambda: Clipping(Element(), Constant(1.0), RandomGate(0.5, 1)),
             "with scope Element() use Always",

@@ -63,7 +63,7 @@ def test_float16_does_not_overflow(parameters, name):
     assert (grad > 0).all()
 
 
-@pytest.mark.parametrize("name", CLIPPINGS)
+@pytest.mark.parametrize("name", list(CLIPPINGS)[:9])  # the others have files of their own
 def test_one_call_for_all_equals_a_loop(heavy_tailed, parameters, name):
     """foreach or not, the optimizer sees the same: the product of each gradient and its coefficient."""
     clipping = CLIPPINGS[name]()
@@ -105,8 +105,14 @@ def test_sparse_gradients():
     nothing = torch.nn.Parameter(torch.zeros(5, 2))
     rows, values = torch.empty(1, 0, dtype=torch.long), torch.empty(0, 2)
     nothing.grad = torch.sparse_coo_tensor(rows, values, (5, 2), check_invariants=True)
-    for method in CLIPPINGS.values():
-        assert method().clip_([nothing]).grad_norm == 0
+    for name, method in CLIPPINGS.items():
+        if name in ("spam", "uclip"):
+            with pytest.raises(
+                ValueError, match="parameter 0 has a sparse gradient; a memory of each element"
+            ):
+                method().clip_([nothing])
+        else:
+            assert method().clip_([nothing]).grad_norm == 0
 
 
 def test_a_single_tensor_is_a_list_of_one():

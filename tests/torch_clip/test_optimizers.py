@@ -36,7 +36,7 @@ def test_a_level_is_any_real_number(level, parameters):
 def test_defaults_are_reachable(parameters):
     # B4, B7, B12: None is the type's default, and so is leaving a setting out.
     for settings in ({}, dict(clipping_level=None, p_autoclip=None, beta=None)):
-        for name in CLIPPINGS:
+        for name in list(CLIPPINGS)[:9]:  # the original's
             clipping = ClippedSGD(parameters([1.0]), clipping_type=name, **settings).clipping
             if isinstance(clipping.threshold, Percentile):
                 assert clipping.threshold.percentile == 0.75

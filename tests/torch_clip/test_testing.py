@@ -127,7 +127,7 @@ def test_what_is_not_claimed(planted):
 def test_a_threshold_of_inf_that_clips(planted):
     class Secret(planted.Whole):
         def coef(self, total, threshold):
-            return planted.clip_coef(total, 1.0)
+            return planted.hard(total, 1.0)
 
     class SecretClip(planted.Planted):
         scope_class = Secret

@@ -29,7 +29,7 @@ from torch_clip.testing.expect import Make, NotClaimed, Skipped, heavy_tailed, o
 
 __all__ = ["LAWS", "SLOW", "NotClaimed", "Skipped", "Verdict", "assert_lawful", "check", "heavy_tailed"]
 
-_FACE = ("clip_", "state_dict", "load_state_dict", "telemetry", "bounded", "unit")
+_FACE = ("clip_", "state_dict", "load_state_dict", "telemetry", "bounded", "unit", "carries", "by_tensor")
 
 LAWS: dict[str, Callable[[Make], None]] = {
     law.__name__: law

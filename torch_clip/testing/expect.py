@@ -26,6 +26,8 @@ Grads = list[Tensor | None]
 
 SHAPES = ((7,), (4, 3), (2, 3, 5))
 COUNTS = ("steps", "clipped_steps", "skipped_steps")
+# What a state may tell of steps without effect; not one of these may come to anything in those that follow.
+COUNTED = frozenset((*COUNTS, "skipped_in_a_row", "skipped_last"))
 
 
 class NotClaimed(Exception):
@@ -67,7 +69,7 @@ class Run:
         return {
             path: value
             for path, value in leaves(copy.deepcopy(self.clipping.state_dict())).items()
-            if path.rpartition(".")[2] not in COUNTS and getattr(value, "dtype", None) is not torch.uint8
+            if not COUNTED.intersection(path.split(".")) and getattr(value, "dtype", None) is not torch.uint8
         }
 
 
