@@ -15,7 +15,7 @@ from torch_clip.gates import Always, Gate
 from torch_clip.norms import Grads
 from torch_clip.scalars import Number, isfinite, number, opposite, where
 from torch_clip.scopes import Element, Global, Measured, Scope
-from torch_clip.shapes import Shape, hard
+from torch_clip.shapes import Shape, hard, normalized
 from torch_clip.thresholds import Constant, Moment, Percentile, Threshold
 
 NONFINITE = ("skip", "propagate", "error")
@@ -66,7 +66,7 @@ class Transform(ABC):
             ``"error"``: raise ``NonFiniteGradientError``, which names the parameters; it makes the host wait.
     """
 
-    bounded: ClassVar[bool] = False
+    bounded: bool = False
     """Never lengthens a gradient, and changes nothing where nothing is clipped."""
     carries: ClassVar[bool] = False
     """Adds to a gradient what was left of earlier ones."""
@@ -74,6 +74,8 @@ class Transform(ABC):
     """Whether norms are taken at all."""
     by_tensor: bool = False
     """Whether it matters how a gradient is divided into tensors."""
+    skips: bool = False
+    """Whether it may skip a step though the gradient is finite."""
     by_factor: bool = False
     """Whether one factor for all gradients is all there is to it, so that a fused kernel can do it."""
     unit: str = "steps"
@@ -92,8 +94,8 @@ class Transform(ABC):
         """The threshold of this step, and whether it is to be skipped though the gradient is finite."""
         return math.inf, False
 
-    def observe(self, loss: Tensor) -> None:  # noqa: B027
-        """Tell the loss of the coming step, shape (); only ``SpikeGuard`` asks for it."""
+    def observe(self, loss: Tensor | float) -> None:  # noqa: B027
+        """Tell the loss of the coming step, one element; only ``SpikeGuard`` asks for it."""
 
     @abstractmethod
     def apply_(self, grads: Grads, measured: Measured) -> tuple[Number, Number, Number]:
@@ -185,6 +187,8 @@ class Transform(ABC):
         if not grads.tensors:
             return self.record(measured, 1.0, 0.0)
         coef, clipped, shown = self.apply_(grads, measured)
+        if self.bounded:  # the two norms may be summed in different orders
+            coef = where(coef > 1, 1.0, coef)
         if isinstance(measured.skip, Tensor):
             shown = where(measured.skip, measured.shown, shown)
         return self.record(measured._replace(shown=shown), coef, clipped)
@@ -302,8 +306,6 @@ class Clipping(Transform):
         tensor([0.6000, 0.8000])
     """
 
-    bounded: ClassVar[bool] = True
-
     def __init__(
         self,
         scope: Scope,
@@ -336,6 +338,11 @@ class Clipping(Transform):
         self.threshold = threshold
         self.shape = shape
         self.gate = gate
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it never lengthens a gradient, and changes nothing where nothing is clipped."""
+        return self.shape is not normalized
 
     @property
     def unit(self) -> str:
@@ -386,8 +393,19 @@ class Clipping(Transform):
         return self.scope.typical(thresholds, grads)
 
     def remembered(self) -> dict[str, Any]:
-        """What the threshold remembers."""
-        return self.threshold.state_dict()
+        """What the threshold remembers, and of what."""
+        return {"parts": self._parts, **self.threshold.state_dict()}
+
+    @property
+    def _parts(self) -> str:
+        return f"{type(self.scope).__name__}, {type(self.threshold).__name__}"
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if ``state`` is of another method, or of one of other parts."""
+        super().check_state(state)
+        parts = state.get("parts", self._parts)
+        if parts != self._parts:
+            raise ValueError(f"the state is of a clipping of {parts}, this one is of {self._parts}")
 
     def recall(self, state: dict[str, Any]) -> None:
         """Go on with the threshold."""

@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from torch_clip.clipping import Clipping, Transform
 from torch_clip.gates import RandomGate
-from torch_clip.schedules import Setting
+from torch_clip.schedules import Setting, setting
 from torch_clip.scopes import Element, Excluded, Global, PerTensor, PerUnit
 from torch_clip.shapes import normalized, smooth, smooth_sqrt
 from torch_clip.thresholds import Constant, MovingNorm, Percentile, WeightNorm, ZScore
@@ -449,8 +449,7 @@ class NormalizedGrad(Clipping):
     bounded = False
 
     def __init__(self, norm: Setting = 1.0, *, nonfinite: str = "skip") -> None:
-        if norm == math.inf:
-            raise ValueError("norm must be in [0, inf), got inf")
+        norm = setting(norm, "norm", lambda norm: 0 <= norm < math.inf, "in [0, inf)")
         super().__init__(Global(), Constant(norm), shape=normalized, nonfinite=nonfinite)
 
 

@@ -73,9 +73,10 @@ class Grads:
         return [number for number, group in enumerate(self._groups) for _ in group["params"]]
 
     def weights(self) -> Grads:
-        """The parameters themselves, in the place of their gradients."""
+        """The parameters themselves, in the place of their gradients, and those without one too."""
         other = self._alike()
-        other.tensors = [param.detach() for param in self.params]
+        other.params, other.index = self.all, list(range(len(self.all)))
+        other.tensors = [param.detach() for param in self.all]
         for i, weight in enumerate(other.tensors):
             other.tensors[i] = other._plain(i, weight)
         return other

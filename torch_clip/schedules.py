@@ -29,9 +29,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, start: float, end: float, steps: int) -> None:
-        if steps != int(steps) or steps < 1:
-            raise ValueError(f"steps must be a whole number from 1, got {steps}")
-        self.start, self.end, self.steps = float(start), float(end), int(steps)
+        self.start, self.end, self.steps = float(start), float(end), whole(steps, "steps")
         if not (math.isfinite(self.start) and math.isfinite(self.end)):
             raise ValueError(f"a schedule goes between finite numbers, got {start} and {end}")
 
@@ -41,8 +39,10 @@ class Schedule(ABC):
             way = torch.clamp(step.double() / self.steps, max=1.0)
         else:
             way = min(step / self.steps, 1.0)
-        # The other way round the last value would miss `end` by a rounding error.
-        return self.end + (self.start - self.end) * self.left(way)
+        left = self.left(way)
+        value = self.start * left + self.end * (1.0 - left)
+        low, high = sorted((self.start, self.end))  # which rounding must not pass
+        return torch.clamp(value, low, high) if isinstance(value, Tensor) else min(max(value, low), high)
 
     @abstractmethod
     def left(self, way: Number) -> Number:
@@ -121,11 +121,25 @@ def setting(value: Setting, name: str, ok: Callable[[float], bool], allowed: str
         for end in (value.start, value.end):
             if not ok(end):
                 raise ValueError(f"{name} must be {allowed}, got {value}")
-    elif not callable(value):
-        value = float(value)
-        if not ok(value):
-            raise ValueError(f"{name} must be {allowed}, got {value:g}")
+        return value
+    return value if callable(value) else fixed(value, name, ok, allowed)
+
+
+def fixed(value: float, name: str, ok: Callable[[float], bool], allowed: str) -> float:
+    """``value`` as a float, if ``ok`` takes it: a setting that does not follow the step."""
+    if callable(value):
+        raise ValueError(f"{name} must be a number {allowed}, and follows no schedule, got {value}")
+    value = float(value)
+    if not ok(value):
+        raise ValueError(f"{name} must be {allowed}, got {value:g}")
     return value
+
+
+def whole(value: float, name: str, least: int = 1) -> int:
+    """``value`` as an int; a ``ValueError`` names a setting that is no whole number from ``least``."""
+    if not math.isfinite(value) or value != int(value) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, got {value}")
+    return int(value)
 
 
 def at(value: Setting, step: int | Tensor) -> Number:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_clip.norms import Grads, norm_dtype, over_shards_, sums_by_dot, tensor_norms
-from torch_clip.scalars import Number, number, where
+from torch_clip.scalars import Number, number
 
 _PIECE = 1 << 17  # elements; 512 KiB
 
@@ -101,6 +101,8 @@ class _Parts(Scope):
         if isinstance(exclude, str) and not self._last:
             exclude = (exclude,)
         self._patterns, self._excluded = [], []
+        if not (exclude is None or isinstance(exclude, Iterable)):
+            raise ValueError(f"exclude takes name patterns, parameters and modules, got {exclude!r}")
         for what in () if self._last or exclude is None else exclude:
             if isinstance(what, str):
                 self._patterns.append(what)
@@ -111,17 +113,25 @@ class _Parts(Scope):
             else:
                 raise ValueError(f"exclude takes name patterns, parameters and modules, got {what!r}")
         self._named = list(model.named_parameters()) if model is not None else []
-        self._plan: tuple[Any, Any] = (None, None)
+        self._plans: list[tuple[Any, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": (None, None)}
+        return {**self.__dict__, "_plans": []}
 
     def plan(self, grads: Grads) -> Any:
-        """What follows from the parameters alone; made anew only when other ones have a gradient."""
-        key = (len(grads.all), id(grads.all[0]), grads.index, grads.tensors[0].device)
-        if self._plan[0] != key:
-            self._plan = (key, self._make_plan(grads))
-        return self._plan[1]
+        """What follows from the parameters alone: which they are, and which of them have a gradient."""
+        told = [(id(param), param.shape) for param in grads.all]
+        key = (told, grads.index, grads.tensors[0].device, self._told_by(grads))
+        for known, plan in self._plans:
+            if known == key:
+                return plan
+        plan = self._make_plan(grads)
+        self._plans = [(key, plan), *self._plans[:7]]
+        return plan
+
+    def _told_by(self, grads: Grads) -> Any:
+        """What else units follow from."""
+        return grads.names if self._patterns else None
 
     @abstractmethod
     def _make_plan(self, grads: Grads) -> Any: ...
@@ -165,14 +175,19 @@ class _Parts(Scope):
 
 
 def _last_layer(params: list[Tensor], names: list[str] | None) -> set[int]:
-    """The last matrix, and the parameters of its module: by name, or else those that follow it."""
+    """The last matrix, and the parameters of its module: by name, or else the bias that follows it."""
     last = max((i for i, param in enumerate(params) if param.ndim >= 2), default=None)
     if last is None:
         return set()
     if names is None:
-        return set(range(last, len(params)))
+        bias = [param.shape == params[last].shape[:1] for param in params[last + 1 : last + 2]]
+        return {last, last + 1} if bias == [True] else {last}
     module = names[last].rpartition(".")[0]
     return {i for i, name in enumerate(names) if name.rpartition(".")[0] == module}
+
+
+def _there(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
 
 
 class _TensorPlan(NamedTuple):
@@ -205,12 +220,13 @@ class _Sets(_Parts):
         device = grads.tensors[0].device
         members = None
         if count < len(units):
-            members = torch.tensor([[unit == u for u in unit_of] for unit in range(count)], device=device)
+            members = torch.tensor([[unit == u for u in unit_of] for unit in range(count)])
+            members = _there(members, device)
         return _TensorPlan(
             count,
-            torch.tensor(unit_of, device=device),
+            _there(torch.tensor(unit_of), device),
             members,
-            torch.tensor(present, dtype=torch.int64, device=device) if len(present) < count else None,
+            _there(torch.tensor(present, dtype=torch.int64), device) if len(present) < count else None,
             len(present),
         )
 
@@ -280,6 +296,9 @@ class PerGroup(_Sets):
     def _units(self, grads: Grads) -> list[int]:
         return grads.groups
 
+    def _told_by(self, grads: Grads) -> Any:
+        return super()._told_by(grads), grads.groups
+
 
 class PerModule(_Sets):
     """The gradients of each module's own parameters as one vector: weight and bias of a layer together.
@@ -304,6 +323,9 @@ class PerModule(_Sets):
         modules: dict[str, int] = {}
         return [modules.setdefault(name.rpartition(".")[0], len(modules)) for name in names]
 
+    def _told_by(self, grads: Grads) -> Any:
+        return grads.names
+
 
 class _Rows(NamedTuple):
     """How a gradient falls into rows."""
@@ -321,11 +343,16 @@ class _Rows(NamedTuple):
 
 
 class _RowPlan(NamedTuple):
-    rows: list[_Rows]
-    total: int
-    """Rows of all parameters, those without a gradient too."""
+    matrices: list[_Rows]
+    """The gradients of several rows."""
+    vectors: list[int]
+    """Places in ``grads.tensors`` of those that are one row."""
+    at: Tensor
+    """Which rows these are, int64."""
     left_out: list[int]
     """Places in ``grads.tensors`` of what is excluded."""
+    total: int
+    """Rows of all parameters, those without a gradient too."""
     present: Tensor | None
     """The rows that have a gradient; None: all."""
     count: int
@@ -353,28 +380,41 @@ class PerUnit(_Parts):
         super().__init__(exclude, model)
         modules = model.modules() if model is not None else ()
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        self._transposed = [(m.weight, m.groups) for m in modules if isinstance(m, transposed)]
+        # Of a weight-normed one the weight is no parameter, but a product of two, one of which has its shape.
+        self._transposed = [
+            (param, module.groups)
+            for module in modules
+            if isinstance(module, transposed)
+            for param in module.parameters()
+            if param.shape == module.weight.shape
+        ]
 
     def _make_plan(self, grads: Grads) -> _RowPlan:
         left_out = self._left_out(grads)
         transposed = {id(weight): groups for weight, groups in self._transposed}
         place_of = {i: place for place, i in enumerate(grads.index)}
-        rows, present, start = [], [], 0
+        matrices, vectors, at, present, start = [], [], [], [torch.arange(0)], 0
         for i, param in enumerate(grads.all):
             if i in left_out:
                 continue
             groups = transposed.get(id(param))
             count = 1 if param.ndim <= 1 else param.shape[0] if groups is None else param.shape[1] * groups
+            if i in place_of and param.ndim <= 1:
+                vectors.append(place_of[i])
+                at.append(start)
+            elif i in place_of:
+                matrices.append(_Rows(place_of[i], start, count, groups, _local_rows(param, groups)))
             if i in place_of:
-                rows.append(_Rows(place_of[i], start, count, groups, _local_rows(param, groups)))
                 present.append(torch.arange(start, start + count))
             start += count
-        count = sum(map(len, present))
+        count, device = sum(map(len, present)), grads.tensors[0].device
         return _RowPlan(
-            rows,
-            start,
+            matrices,
+            vectors,
+            _there(torch.tensor(at, dtype=torch.int64), device),
             [place_of[i] for i in sorted(left_out) if i in place_of],
-            None if count == start else torch.cat([torch.arange(0), *present]).to(grads.tensors[0].device),
+            start,
+            None if count == start else _there(torch.cat(present), device),
             count,
         )
 
@@ -383,42 +423,44 @@ class PerUnit(_Parts):
         device = grads.tensors[0].device
         wide = any(grad.dtype is torch.float64 for grad in grads.tensors)
         dtype = torch.float64 if wide else torch.float32
-        found = []
-        for row in plan.rows:
-            own = _row_norms(grads.tensors[row.place], row.groups).flatten()
-            found.append(_at_rows(own, row, grads).to(device, dtype, non_blocking=True))
-        by_place = {row.place: n for n, row in enumerate(plan.rows)}
-        sharded = {by_place[place]: groups for place, groups in grads.meshes.items() if place in by_place}
-        over_shards_(found, sharded, "norm")
-        norms: list[Tensor] = [None] * len(grads.tensors)  # type: ignore[list-item]
-        for row, lengths in zip(plan.rows, found, strict=True):
-            norms[row.place] = torch.linalg.vector_norm(lengths)
-        if plan.left_out:
-            others = tensor_norms(grads.only(plan.left_out)).to(device, dtype, non_blocking=True)
-            for place, norm in zip(plan.left_out, others.unbind(), strict=True):
-                norms[place] = norm
-        if plan.present is None:
-            return torch.stack(norms), torch.cat(found) if found else torch.zeros(0, device=device)
         lengths = torch.zeros(plan.total, dtype=dtype, device=device)
-        for row, own in zip(plan.rows, found, strict=True):
-            lengths[row.start : row.start + row.count] = own
+        norms: list[Tensor] = [None] * len(grads.tensors)  # type: ignore[list-item]
+        whole = plan.vectors + plan.left_out
+        if whole:
+            found = tensor_norms(grads.only(whole)).to(device, dtype, non_blocking=True)
+            lengths.index_copy_(0, plan.at, found[: len(plan.vectors)])
+            for place, norm in zip(whole, found.unbind(), strict=True):
+                norms[place] = norm
+        rows = []
+        for matrix in plan.matrices:
+            own = _row_norms(grads.tensors[matrix.place], matrix.groups).flatten()
+            rows.append(_at_rows(own, matrix, grads).to(device, dtype, non_blocking=True))
+        places = [matrix.place for matrix in plan.matrices]
+        over_shards_(rows, grads.only(places).meshes, "norm")
+        for matrix, own, norm in zip(
+            plan.matrices, rows, torch._foreach_norm(rows) if rows else [], strict=True
+        ):
+            lengths[matrix.start : matrix.start + matrix.count] = own
+            norms[matrix.place] = norm
         return torch.stack(norms), lengths
 
     def scale_(self, grads: Grads, measured: Measured, coef_of: CoefOf) -> tuple[Number, Number]:
-        plan = self.plan(grads)
+        plan, on_host = self.plan(grads), not isinstance(measured.total, Tensor)
         coefs = coef_of(measured.lengths, measured.threshold)
-        if not isinstance(measured.total, Tensor) and not (coefs != 1).any():
+        if on_host and not (coefs != 1).any():
             return 1.0, 0.0
-        for row in plan.rows:
-            own = coefs[row.start : row.start + row.count]
-            grad, param = grads.tensors[row.place], grads.params[row.place]
-            if not isinstance(measured.total, Tensor) and not (own != 1).any():
+        if plan.vectors:
+            multiply_each_([grads.tensors[place] for place in plan.vectors], coefs[plan.at])
+        for matrix in plan.matrices:
+            own = coefs[matrix.start : matrix.start + matrix.count]
+            if on_host and not (own != 1).any():
                 continue
-            if row.local is not None:
-                own = own[row.local]
+            grad, param = grads.tensors[matrix.place], grads.params[matrix.place]
+            if matrix.local is not None:
+                own = own[matrix.local]
             elif param.grad.layout is torch.sparse_coo:
                 own = own[param.grad._indices()[0]]
-            _multiply_rows_(grad, own.to(grad.device, non_blocking=True), row.groups)
+            _multiply_rows_(grad, own.to(grad.device, non_blocking=True), matrix.groups)
         squares = [(measured.lengths * coefs).square().sum()]
         squares += [measured.norms[place].square() for place in plan.left_out]
         after = torch.stack(squares).sum().sqrt()
@@ -478,7 +520,7 @@ def _at_rows(own: Tensor, row: _Rows, grads: Grads) -> Tensor:
 def _multiply_rows_(grad: Tensor, coefs: Tensor, groups: int | None) -> None:
     rows, dims = _as_rows(grad, groups)
     shape = [1 if dim in dims else size for dim, size in enumerate(rows.shape)]
-    rows.mul_(coefs.view(shape).to(grad.dtype))
+    rows.mul_(coefs.view(shape))
 
 
 class Element(Scope):
@@ -497,11 +539,12 @@ class Element(Scope):
         total, threshold = measured.total, measured.threshold
         if not self.measure:
             for grad in grads.tensors:
-                grad.clamp_(-threshold, threshold)
+                limit = _beside(threshold, grad)
+                grad.clamp_(-limit, limit)
             return math.nan, math.nan
         if not isinstance(total, Tensor) and total <= threshold:  # then no element exceeds it either
             return 1.0, 0.0
-        found = [_clamp_(grad, threshold, measured.finite) for grad in grads.tensors]
+        found = [_clamp_(grad, _beside(threshold, grad), measured.finite) for grad in grads.tensors]
         return of_elements(grads, total, *map(list, zip(*found, strict=True)))
 
 
@@ -527,8 +570,13 @@ def of_elements(
         for i, grad in enumerate(grads.tensors)
     )
     coef = ratio(number(torch.linalg.vector_norm(norms)), total)
-    # Clamping does not lengthen, but the two norms may be summed in different orders.
-    return where(coef > 1, 1.0, coef), number(clipped.sum() / max(elements, 1))
+    return coef, number(clipped.sum() / max(elements, 1))
+
+
+def _beside(threshold: Number, grad: Tensor) -> Number:
+    if isinstance(threshold, Tensor):
+        return threshold.to(grad.device, non_blocking=True)
+    return threshold
 
 
 def _clamp_(grad: Tensor, threshold: float, finite: bool | Tensor) -> tuple[Tensor, Tensor]:
@@ -553,8 +601,10 @@ def _clamp_(grad: Tensor, threshold: float, finite: bool | Tensor) -> tuple[Tens
 def multiply_(tensors: list[Tensor], coef: Number) -> None:
     """Multiply every tensor by one coefficient, wherever it lies."""
     if not isinstance(coef, Tensor):
-        torch._foreach_mul_(tensors, coef)
-        return
+        if all(tensor.dtype.itemsize >= 4 for tensor in tensors):
+            torch._foreach_mul_(tensors, coef)
+            return
+        coef = torch.tensor(coef, dtype=torch.float32)  # a Python number would be rounded to half precision
     by_device = defaultdict(list)
     for tensor in tensors:
         by_device[tensor.device].append(tensor)

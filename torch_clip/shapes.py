@@ -1,7 +1,7 @@
 """How the clip coefficient follows from norm and threshold: hard, smooth, or by normalising.
 
 Each is a function of the norm and the threshold of a unit, Python floats or tensors of any shape. All of them
-are 1 at an infinite threshold (but ``normalized``), and 1 for a zero gradient.
+are 1 at an infinite threshold, and 1 for a zero gradient.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from torch_clip.scalars import Number, quotient, where
+
+_LARGEST = 3e38  # of float32
 
 Shape = Callable[[Number, Number], Number]
 
@@ -41,5 +43,13 @@ def smooth_sqrt(norm: Number, threshold: Number) -> Number:
 
 
 def normalized(norm: Number, threshold: Number) -> Number:
-    """``threshold / norm``: every gradient comes out as long as the threshold; a short one is lengthened."""
-    return where(norm == 0, 1.0, quotient(threshold, norm))
+    """``threshold / norm``: every gradient comes out as long as the threshold; a short one is lengthened.
+
+    1 at an infinite threshold too; what is too short for float32 to lengthen so far is lengthened less.
+    """
+    coef = where(norm == 0, 1.0, quotient(threshold, norm))
+    coef = where(coef > _LARGEST, _LARGEST, coef)
+    endless = threshold == math.inf
+    if isinstance(endless, Tensor):
+        return torch.where(endless, 1.0, coef)
+    return coef * 0.0 + 1.0 if endless else coef  # shaped as the norm, and NaN where that is

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_clip.scalars import Number, isfinite, minimum, quotient, sqrt, tensor, where
-from torch_clip.schedules import Setting, at, setting, shown
+from torch_clip.schedules import Setting, at, fixed, setting, shown, whole
 from torch_clip.shapes import hard
 
 
@@ -116,9 +116,7 @@ class Percentile(Threshold):
             self.percentile = setting(percentile, "percentile", lambda p: 0 < p <= 1, "in (0, 1]")
         except ValueError as error:
             raise ValueError(f"{error}{hint}") from None
-        if window is not None and (window != int(window) or window < 1):
-            raise ValueError(f"window must be a whole number from 1, or None for all norms, got {window}")
-        self.window = None if window is None else int(window)
+        self.window = None if window is None else whole(window, "window")
         self._history: HostHistory | SortedHistory | WindowHistory = HostHistory(self.window)
 
     def update(self, norms: Number, moment: Moment) -> Number:
@@ -197,12 +195,13 @@ class HostHistory:
     device = None
     units = ()
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, zeros: bool = False) -> None:
+        self.zeros = zeros  # whether a zero says something
         self.sorted = array("d")
         self.recent = None if window is None else deque(maxlen=window)
 
     def append(self, norm: float, finite: bool) -> None:
-        if not (finite and math.isfinite(norm)) or norm == 0.0:
+        if not (finite and math.isfinite(norm)) or (norm == 0.0 and not self.zeros):
             return
         if self.recent is not None:
             if len(self.recent) == self.recent.maxlen:
@@ -224,6 +223,18 @@ class HostHistory:
         below = math.floor(position)
         low, high = self.sorted[below], self.sorted[min(below + 1, len(self.sorted) - 1)]
         return _lerp(low, high, position - below)
+
+    @property
+    def count(self) -> int:
+        """Norms recorded, in the window if there is one."""
+        return len(self.sorted)
+
+    def mean_and_std(self) -> tuple[float, float]:
+        """Mean and sample standard deviation; NaN of fewer than two norms."""
+        if self.count < 2:
+            return math.nan, math.nan
+        mean = math.fsum(self.sorted) / self.count
+        return mean, math.sqrt(math.fsum((x - mean) * (x - mean) for x in self.sorted) / (self.count - 1))
 
     def to_tensor(self) -> Tensor:
         values = self.sorted if self.recent is None else array("d", self.recent)
@@ -287,10 +298,13 @@ class WindowHistory:
         window: norms of a unit.
         units: their shape, () or (units,).
         device: of the norms.
+        zeros: whether a zero says something.
     """
 
-    def __init__(self, window: int, units: tuple[int, ...], device: torch.device) -> None:
-        self.window, self.units, self.device = window, units, device
+    def __init__(
+        self, window: int, units: tuple[int, ...], device: torch.device, zeros: bool = False
+    ) -> None:
+        self.window, self.units, self.device, self.zeros = window, units, device, zeros
         self.count = torch.zeros(units, dtype=torch.int64, device=device)
         self._ring = torch.full((*units, window), math.inf, dtype=torch.float64, device=device)
         self._write = torch.zeros(units, dtype=torch.int64, device=device)
@@ -299,17 +313,10 @@ class WindowHistory:
     def reserve(self, capacity: int) -> None:
         """There is room."""
 
-    def on(self, device: torch.device) -> WindowHistory:
-        """The same on ``device``."""
-        if device == self.device:
-            return self
-        moved = WindowHistory(self.window, self.units, device)
-        for name in ("count", "_ring", "_write"):
-            getattr(moved, name).copy_(getattr(self, name), non_blocking=True)
-        return moved
-
     def append(self, norms: Tensor, finite: bool | Tensor) -> None:
-        usable = torch.isfinite(norms) & (norms != 0) & finite
+        usable = torch.isfinite(norms) & finite
+        if not self.zeros:
+            usable = usable & (norms != 0)
         here = (self._places == self._write.unsqueeze(-1)) & usable.unsqueeze(-1)
         self._ring.copy_(torch.where(here, norms.unsqueeze(-1), self._ring))
         self._write.copy_((self._write + usable) % self.window)
@@ -332,9 +339,10 @@ class WindowHistory:
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Mean and sample standard deviation; NaN of fewer than two norms."""
-        known = self._places < self.count.unsqueeze(-1)
-        mean = torch.where(known, self._ring, 0.0).sum(-1) / self.count
-        squares = torch.where(known, self._ring - mean.unsqueeze(-1), 0.0).square().sum(-1)
+        # In order of size, as the sum must not depend on where in the ring the oldest is.
+        ordered, known = self._ring.sort().values, self._places < self.count.unsqueeze(-1)
+        mean = torch.where(known, ordered, 0.0).sum(-1) / self.count
+        squares = torch.where(known, ordered - mean.unsqueeze(-1), 0.0).square().sum(-1)
         return mean, (squares / (self.count - 1)).sqrt()
 
     def to_tensor(self) -> Tensor:
@@ -404,7 +412,7 @@ class Memory:
             if isinstance(value, Tensor):
                 self._values[name].copy_(value)
             else:
-                self._values[name] = value
+                self._values[name] = float(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: v.clone() if isinstance(v, Tensor) else v for name, v in self._values.items()}
@@ -481,13 +489,13 @@ class ZScore(_Remembering):
         target: str = "reciprocal",
         most: float = math.inf,
     ) -> None:
-        self.limit = setting(limit, "z_threshold", lambda z: 0 < z < math.inf, "in (0, inf)")
-        self.decay = setting(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.limit = fixed(limit, "z_threshold", lambda z: 0 < z < math.inf, "in (0, inf)")
+        self.decay = fixed(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
         self.warmup = whole(warmup, "warmup")
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
         self.target = target
-        self.most = setting(most, "max_grad_norm", lambda most: most > 0, "in (0, inf], or None")
+        self.most = fixed(most, "max_grad_norm", lambda most: most > 0, "in (0, inf], or None")
         self._memory = Memory(recorded=0.0, mean=0.0, variance=0.0)
 
     def update(self, norms: Number, moment: Moment) -> Number:
@@ -533,7 +541,7 @@ class WeightNorm(Threshold):
 
     def __init__(self, factor: Setting = 0.01, eps: float = 1e-3) -> None:
         self.factor = setting(factor, "threshold", lambda factor: factor >= 0, "in [0, inf]")
-        self.eps = setting(eps, "eps", lambda eps: 0 < eps < math.inf, "in (0, inf)")
+        self.eps = fixed(eps, "eps", lambda eps: 0 < eps < math.inf, "in (0, inf)")
 
     def update(self, norms: Number, moment: Moment) -> Number:
         weights = moment.weights()
@@ -580,11 +588,11 @@ class MovingNorm(_Remembering):
         warmup: int = 100,
         eps: float = 1e-8,
     ) -> None:
-        self.relative = setting(relative, "relative", lambda factor: factor > 1, "in (1, inf]")
-        self.absolute = setting(absolute, "absolute", lambda norm: norm > 0, "in (0, inf]")
-        self.decay = setting(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.relative = fixed(relative, "relative", lambda factor: factor > 1, "in (1, inf]")
+        self.absolute = fixed(absolute, "absolute", lambda norm: norm > 0, "in (0, inf]")
+        self.decay = fixed(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
         self.warmup = whole(warmup, "warmup")
-        self.eps = setting(eps, "eps", lambda eps: 0 < eps < math.inf, "in (0, inf)")
+        self.eps = fixed(eps, "eps", lambda eps: 0 < eps < math.inf, "in (0, inf)")
         self._steps = Memory(warmup_steps=0.0)
         self._memory = Memory(average=math.inf)
 
@@ -638,32 +646,27 @@ class MeanOverRms(_Remembering):
     """
 
     def __init__(self, mean_decay: float = 0.7, square_decay: float = 0.9) -> None:
-        self.mean_decay = setting(mean_decay, "mean_decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
-        self.square_decay = setting(square_decay, "square_decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
-        # What is left of the zeros that both averages began with stands in for the count.
-        self._memory = Memory(mean=0.0, mean_left=1.0, square=0.0, square_left=1.0)
+        self.mean_decay = fixed(mean_decay, "mean_decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.square_decay = fixed(square_decay, "square_decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        # How much of each average is filled grows as the average itself does, with the same rounding.
+        self._memory = Memory(mean=0.0, mean_filled=0.0, square=0.0, square_filled=0.0)
 
     def update(self, norms: Number, moment: Moment) -> Number:
         usable = _usable(norms, moment)
         values = self._memory.beside(norms)
         decays = (self.mean_decay, self.mean_decay, self.square_decay, self.square_decay)
-        takes = (norms, 0.0, norms * norms, 0.0)
+        takes = (norms, 1.0, norms * norms, 1.0)
         values = [
             where(usable, decay * value + (1 - decay) * new, value)
             for value, decay, new in zip(values, decays, takes, strict=True)
         ]
         self._memory.remember(*values)
-        mean, mean_left, square, square_left = values
-        threshold = quotient(mean, 1 - mean_left) / sqrt(quotient(square, 1 - square_left))
-        threshold = where(mean > 0, threshold, norms)
+        mean, mean_filled, square, square_filled = values
+        threshold = quotient(mean, mean_filled) / sqrt(
+            where(square > 0, quotient(square, square_filled), 1.0)
+        )
+        threshold = where(square > 0, threshold, norms)  # also where the squares underflow
         return threshold.to(norms.dtype) if isinstance(norms, Tensor) else threshold
 
     def __repr__(self) -> str:
         return f"MeanOverRms({self.mean_decay:g}, {self.square_decay:g})"
-
-
-def whole(value: float, name: str, least: int = 1) -> int:
-    """``value`` as an int; a ``ValueError`` names a setting that is no whole number from ``least``."""
-    if value != int(value) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least}, got {value}")
-    return int(value)

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from torch_clip.clipping import Clipping, Telemetry, Transform
 from torch_clip.norms import Grads, norm_dtype, over_shards_
-from torch_clip.scalars import Number, minimum, number, opposite, tensor, where
-from torch_clip.schedules import Setting, setting
+from torch_clip.scalars import Number, isfinite, minimum, number, opposite, tensor, where
+from torch_clip.schedules import Setting, fixed, whole
 from torch_clip.scopes import Element, Measured, PerTensor, Scope, of_elements, ratio
 from torch_clip.shapes import hard, normalized
-from torch_clip.thresholds import Constant, MeanOverRms, Memory, Moment, WindowHistory, whole
+from torch_clip.thresholds import (
+    Constant,
+    HostHistory,
+    MeanOverRms,
+    Memory,
+    Moment,
+    WindowHistory,
+)
 
 
 class _Buffers:
@@ -85,8 +92,8 @@ class SpamClip(Transform):
         self, theta: float = 5000.0, decay: float = 0.999, warmup: int = 100, *, nonfinite: str = "skip"
     ) -> None:
         super().__init__(nonfinite=nonfinite)
-        self.theta = setting(theta, "theta", lambda theta: theta > 0, "in (0, inf]")
-        self.decay = setting(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
+        self.theta = fixed(theta, "theta", lambda theta: theta > 0, "in (0, inf]")
+        self.decay = fixed(decay, "decay", lambda decay: 0 <= decay < 1, "in [0, 1)")
         self.warmup = whole(warmup, "warmup")
         self._scope = PerTensor()
         self._squares = _Buffers()
@@ -176,10 +183,10 @@ class AdaClip(Transform):
 
     def __init__(self, theta: float = 0.999, *, nonfinite: str = "skip") -> None:
         super().__init__(nonfinite=nonfinite)
-        self.theta = setting(theta, "theta", lambda theta: 0 <= theta < 1, "in [0, 1)")
+        self.theta = fixed(theta, "theta", lambda theta: 0 <= theta < 1, "in [0, 1)")
         self._scope = PerTensor()
-        # What is left of the zero that the average began with stands in for the count.
-        self._memory = Memory(largest=0.0, left=1.0)
+        # How much of the average is filled grows as the average itself does, with the same rounding.
+        self._memory = Memory(largest=0.0, filled=0.0)
 
     def _norms(self, grads: Grads) -> tuple[Tensor, Tensor | None]:
         return self._scope.norms(grads)
@@ -193,14 +200,15 @@ class AdaClip(Transform):
         over_shards_(largest, grads.meshes, "max")
         device, dtype = measured.lengths.device, measured.lengths.dtype
         here = torch.stack([value.to(device, dtype, non_blocking=True) for value in largest])
-        average, left = self._memory.beside(measured.lengths)
+        average, filled = self._memory.beside(measured.lengths)
         whole = self._scope.spread(here, grads)
         usable = (whole > 0) & whole.isfinite() & measured.finite
         average = torch.where(usable, self.theta * average + (1 - self.theta) * whole, average)
-        left = torch.where(usable, self.theta * left, left)
-        self._memory.remember(average, left)
+        filled = torch.where(usable, self.theta * filled + (1 - self.theta), filled)
+        self._memory.remember(average, filled)
 
-        bounds = self._scope.pick(torch.where(left < 1, average / (1 - left), math.inf), grads)
+        known = whole.isfinite() & (filled > 0)
+        bounds = self._scope.pick(torch.where(known, average / filled, math.inf), grads)
         clipped, norms = [], []
         towers = [True] * len(here) if isinstance(measured.total, Tensor) else (here > bounds).tolist()
         for place, (grad, bound, factor, norm) in enumerate(
@@ -304,9 +312,13 @@ class UClip(Transform):
     ) -> None:
         super().__init__(nonfinite=nonfinite)
         self.scope = Element() if scope is None else scope
+        if not self.scope.measure:
+            raise ValueError(
+                f"scope {self.scope} without measuring: UClip needs the norms of what it carries"
+            )
         self.threshold = Constant(threshold)
-        self.decay = setting(decay, "decay", lambda decay: 0 <= decay <= 1, "in [0, 1]")
-        self.cap = setting(cap, "cap", lambda cap: cap > 0, "in (0, inf]")
+        self.decay = fixed(decay, "decay", lambda decay: 0 <= decay <= 1, "in [0, 1]")
+        self.cap = fixed(cap, "cap", lambda cap: cap > 0, "in (0, inf]")
         self._carry = _Buffers()
 
     @property
@@ -340,7 +352,12 @@ class UClip(Transform):
             carry.copy_(where(fine, self.decay * left, left))
         if self.cap < math.inf:
             carried = grads.replaced(carries)
-            self.scope.scale_(carried, self._measure(carried, measured, self.cap), hard)
+            self.scope.scale_(
+                carried,
+                self._measure(carried, measured, self.cap),
+                # What is at the cap already would be rounded once more in a step that must not touch it.
+                lambda norms, cap: where(measured.finite, hard(norms, cap), 0 * hard(norms, cap) + 1),
+            )
         return ratio(coef * summed.total, measured.total), share, measured.shown
 
     def _measure(self, grads: Grads, measured: Measured, threshold: Number) -> Measured:
@@ -367,6 +384,7 @@ class SpikeError(RuntimeError):
 
 
 SIGNALS = ("grad_norm", "loss")
+REASONS = (*SIGNALS, "gradient")
 
 
 class SpikeGuard(Transform):
@@ -403,6 +421,7 @@ class SpikeGuard(Transform):
 
     bounded = True
     by_factor = True
+    skips = True
 
     def __init__(
         self,
@@ -415,7 +434,7 @@ class SpikeGuard(Transform):
         nonfinite: str = "skip",
     ) -> None:
         super().__init__(nonfinite=nonfinite)
-        self.sigma = setting(sigma, "sigma", lambda sigma: sigma > 0, "in (0, inf]")
+        self.sigma = fixed(sigma, "sigma", lambda sigma: sigma > 0, "in (0, inf]")
         self.window = whole(window, "window", 2)
         self.min_history = whole(min_history, "min_history", 2)
         if self.min_history > self.window:
@@ -426,9 +445,9 @@ class SpikeGuard(Transform):
         self.max_consecutive = None if max_consecutive is None else whole(max_consecutive, "max_consecutive")
         self.forget()
 
-    def observe(self, loss: Tensor) -> None:
-        """Tell the loss of the coming step, shape ()."""
-        self._loss = loss.detach()
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss of the coming step, one element."""
+        self._loss = loss.detach().reshape(()) if isinstance(loss, Tensor) else float(loss)
 
     def coef(self, measured: Measured) -> Number:
         """The one factor for all gradients: 1."""
@@ -440,56 +459,53 @@ class SpikeGuard(Transform):
 
     def look(self, grads: Grads, lengths: Number, moment: Moment) -> tuple[Number, bool | Tensor]:
         """The bound on the norm, and whether this is a spike."""
-        device = grads.tensors[0].device
-        finite = tensor(moment.finite, torch.bool, device)
-        spike, shown, values = torch.zeros_like(finite), math.inf, {}
-        # What SpikeError would tell: the step, which of ABOUT, the value, mean and standard deviation.
-        last = self._told(*self._last, device) if isinstance(self._last, list) else self._last.to(device)
-        last = torch.where(finite, last, self._told(moment.step, 2, lengths, 0, 0, device))
+        finite = moment.finite
+        in_a_row, *last = self._skips.beside(moment.total)
+        # What SpikeError would tell: the step, which of REASONS, the value, mean and standard deviation.
+        told = (moment.step, REASONS.index("gradient"), moment.total, 0.0, 0.0)
+        last = [where(finite, old, new) for old, new in zip(last, told, strict=True)]
+        spike = opposite(finite) & finite  # no, on the host or on the device
+        shown, values = math.inf, {}
         for signal in self.watch:
-            values[signal] = value = self._value(signal, lengths, device)
-            history = self._histories.get(signal) or WindowHistory(self.window, (), device)
-            self._histories[signal] = history = history.on(device)
+            values[signal] = value = moment.total if signal == "grad_norm" else self._told_loss(moment.total)
+            history = self._history(signal, moment.total)
             mean, std = history.mean_and_std()
             # Of equal values the deviation is 0, and rounding alone would be a spike.
-            bound = mean + self.sigma * (std + 1e-6 * mean.abs())
-            bound = torch.where(history.count >= self.min_history, bound, math.inf)
+            bound = mean + self.sigma * (std + 1e-6 * abs(mean))
+            bound = where(history.count >= self.min_history, bound, math.inf)
             above = value > bound
             if signal == "grad_norm":
                 shown = bound
             else:
-                above |= ~value.isfinite()
-            above &= finite
-            last = torch.where(
-                above, self._told(moment.step, SIGNALS.index(signal), value, mean, std, device), last
-            )
-            spike |= above
+                above = above | opposite(isfinite(value))
+            above = above & finite
+            told = (moment.step, REASONS.index(signal), value, mean, std)
+            last = [where(above, new, old) for new, old in zip(told, last, strict=True)]
+            spike = spike | above
         for signal, value in values.items():
-            self._histories[signal].append(value, finite & ~spike)
-        skipped = spike | ~finite if self.nonfinite == "skip" else spike
-        self._consecutive = torch.where(skipped, tensor(self._consecutive, torch.int64, device) + 1, 0)
-        self._last = last
-        on_host = not isinstance(lengths, Tensor)
-        self._stop_after_too_many(on_host)
-        if on_host:
-            return float(shown), bool(spike)
-        return tensor(shown, lengths.dtype, device), spike
+            self._histories[signal].append(value, finite & opposite(spike))
+        skipped = spike | opposite(finite) if self.nonfinite == "skip" else spike
+        self._skips.remember(where(skipped, in_a_row + 1, 0.0), *last)
+        self._stop_after_too_many(on_host=not isinstance(spike, Tensor))
+        return shown.to(lengths.dtype) if isinstance(shown, Tensor) else shown, spike
 
-    def _value(self, signal: str, lengths: Number, device: torch.device) -> Tensor:
-        if signal == "grad_norm":
-            value = lengths
-        elif self._loss is None:
+    def _told_loss(self, beside: Number) -> Number:
+        if self._loss is None:
             raise ValueError(
                 "SpikeGuard looks at the loss: tell it before each step by optimizer.clipping.observe(loss)"
             )
-        else:
-            value, self._loss = self._loss, None
-        return tensor(value, torch.float64, device)
+        loss, self._loss = self._loss, None
+        return tensor(loss, torch.float64, beside.device) if isinstance(beside, Tensor) else float(loss)
 
-    @staticmethod
-    def _told(step: Any, about: int, value: Any, mean: Any, std: Any, device: torch.device) -> Tensor:
-        told = (step, about, value, mean, std)
-        return torch.stack([tensor(x, torch.float64, device) for x in told])
+    def _history(self, signal: str, beside: Number) -> HostHistory | WindowHistory:
+        device = beside.device if isinstance(beside, Tensor) else None
+        history = self._histories.get(signal)
+        if history is None or history.device != device:
+            past, history = history, _empty(self.window, device, signal)
+            if past is not None:
+                history.extend(past.to_tensor())
+            self._histories[signal] = history
+        return history
 
     def _stop_after_too_many(self, on_host: bool) -> None:
         if self.max_consecutive is None:
@@ -498,46 +514,43 @@ class SpikeGuard(Transform):
         if not on_host and self._unread < self.max_consecutive:
             return
         self._unread = 0
-        count = int(self._consecutive)
-        if count < self.max_consecutive:
+        in_a_row, step, reason, value, mean, std = map(float, self._skips.state_dict().values())
+        if in_a_row < self.max_consecutive:
             return
-        step, about, value, mean, std = self._last.tolist()
-        if about == 2:
-            told = f"the gradient of step {step:.0f} is not finite"
-        elif math.isfinite(value):
-            told = (
-                f"{SIGNALS[int(about)]} {value:.6g} at step {step:.0f} is far above the last ones, of mean "
-                f"{mean:.6g} and standard deviation {std:.6g}"
-            )
+        reason = REASONS[int(reason)]
+        if reason == "gradient" or not math.isfinite(value):
+            told = f"the {reason} of step {step:.0f} is not finite: {value:g}"
         else:
-            told = f"{SIGNALS[int(about)]} {value:g} at step {step:.0f} is not finite"
-        raise SpikeError(f"{count} steps in a row were skipped; {told}")
+            told = (
+                f"{reason} {value:.6g} at step {step:.0f} is far above the last ones, of mean {mean:.6g} and "
+                f"standard deviation {std:.6g}"
+            )
+        raise SpikeError(f"{in_a_row:.0f} steps in a row were skipped; {told}")
 
     def remembered(self) -> dict[str, Any]:
-        """The values looked back on, and the count of skips in a row."""
-        return {
-            "histories": {signal: history.to_tensor() for signal, history in self._histories.items()},
-            "skipped_in_a_row": int(self._consecutive),
-            "skipped_last": self._last.tolist() if isinstance(self._last, Tensor) else self._last,
-        }
+        """The values looked back on, and the skips in a row."""
+        histories = {signal: history.to_tensor() for signal, history in self._histories.items()}
+        return {"histories": histories, "skipped": self._skips.state_dict()}
 
     def recall(self, state: dict[str, Any]) -> None:
         """Go on from ``remembered()``."""
         self.forget()
         for signal, values in state["histories"].items():
-            self._histories[signal] = WindowHistory(self.window, (), torch.device("cpu"))
+            self._histories[signal] = _empty(self.window, None, signal)
             self._histories[signal].extend(values)
-        self._consecutive = state["skipped_in_a_row"]
-        self._last = state["skipped_last"]
+        self._skips.load_state_dict(state["skipped"])
 
     def forget(self) -> None:
         """Forget the values looked back on."""
-        # Tensors are made at the first step, on its device.
-        self._histories: dict[str, WindowHistory] = {}
-        self._consecutive: int | Tensor = 0
-        self._last: list[float] | Tensor = [0.0] * 5
+        self._histories: dict[str, HostHistory | WindowHistory] = {}
+        self._skips = Memory(in_a_row=0.0, step=0.0, reason=0.0, value=0.0, mean=0.0, std=0.0)
         self._unread = 0
-        self._loss: Tensor | None = None
+        self._loss: Tensor | float | None = None
+
+
+def _empty(window: int, device: torch.device | None, signal: str) -> HostHistory | WindowHistory:
+    zeros = signal == "loss"  # a loss may be 0
+    return HostHistory(window, zeros) if device is None else WindowHistory(window, (), device, zeros)
 
 
 class Chain(Transform):
@@ -570,8 +583,12 @@ class Chain(Transform):
         policies = sorted({clipping.nonfinite for clipping in clippings})
         if len(policies) > 1:
             raise ValueError(f"all of a chain need the same nonfinite, got {', '.join(policies)}")
-        if any(isinstance(clipping, SpikeGuard) for clipping in clippings[1:]):
+        if any(clipping.skips for clipping in clippings[1:]):
             raise ValueError("SpikeGuard goes first: a step cannot be skipped once gradients were changed")
+        if not all(clipping.measures for clipping in clippings):
+            raise ValueError("a chain multiplies what norms became: all of it must measure")
+        if len({id(clipping) for clipping in clippings}) < len(clippings):
+            raise ValueError("the same clipping is in the chain twice; each needs a memory of its own")
         super().__init__(nonfinite=policies[0])
         self.clippings = clippings
 
@@ -579,6 +596,11 @@ class Chain(Transform):
     def bounded(self) -> bool:
         """Whether all of them are."""
         return all(clipping.bounded for clipping in self.clippings)
+
+    @property
+    def skips(self) -> bool:
+        """Whether the first may skip a step though the gradient is finite."""
+        return self.clippings[0].skips
 
     @property
     def by_tensor(self) -> bool:
@@ -590,8 +612,8 @@ class Chain(Transform):
         """Whether any of them does."""
         return any(clipping.carries for clipping in self.clippings)
 
-    def observe(self, loss: Tensor) -> None:
-        """Tell the loss of the coming step, shape ()."""
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss of the coming step, one element."""
         for clipping in self.clippings:
             clipping.observe(loss)
 
@@ -617,6 +639,13 @@ class Chain(Transform):
         for threshold in whole[1:]:
             shown = minimum(shown, threshold)
         return coef, where(any_clipped, 1.0, 0.0), shown
+
+    def scale_(self, grads: Grads, measured: Measured) -> Telemetry:
+        """One after the other, and record; a step without gradients is one for each."""
+        if not grads.tensors:
+            for clipping in self.clippings:
+                clipping.scale_(grads, measured)
+        return super().scale_(grads, measured)
 
     def skip(self, measured: Measured) -> Telemetry:
         """Count a step that is not taken, for each of them."""

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 
 from torch_clip import CLIPPINGS, NonFiniteGradientError
 from torch_clip.testing import LAWS, SLOW, check

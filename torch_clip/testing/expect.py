@@ -27,7 +27,7 @@ Grads = list[Tensor | None]
 SHAPES = ((7,), (4, 3), (2, 3, 5))
 COUNTS = ("steps", "clipped_steps", "skipped_steps")
 # What a state may tell of steps without effect; not one of these may come to anything in those that follow.
-COUNTED = frozenset((*COUNTS, "skipped_in_a_row", "skipped_last"))
+COUNTED = frozenset((*COUNTS, "skipped"))
 
 
 class NotClaimed(Exception):
