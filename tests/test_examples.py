@@ -258,6 +258,22 @@ def test_own_loop():
     assert 0 < ours.telemetry.clipped_steps < ours.telemetry.steps == 20
 
 
+def test_optimizer_in_backward():
+    ours = run("optimizer_in_backward")
+    assert all(param.grad is None for param in ours.model.parameters())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer, clipped = torch.optim.SGD(model.parameters(), lr=0.1), 0
+    for _ in range(10):
+        x = torch.randn(32, 8)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
+        clipped += sum(bool(nn.utils.clip_grad_norm_([param], 0.1) > 0.1) for param in model.parameters())
+        optimizer.step()
+    torch.testing.assert_close(params_of(ours.model), params_of(model), **CLOSE)
+    assert clipped == sum(one.clipping.telemetry.clipped_steps for one in ours.optimizers.values()) > 0
+
+
 # Libraries that train for you.
 
 OTHERS_WARN = pytest.mark.filterwarnings("default:::tests")  # of what is theirs, though it is called here

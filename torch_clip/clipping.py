@@ -233,12 +233,17 @@ class Transform(ABC):
     def forget(self) -> None:  # noqa: B027
         """Forget what is remembered; counts and random draws go on."""
 
+    @property
+    def method(self) -> str:
+        """What a state must be of to be loaded."""
+        return type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on bit for bit; loads with ``weights_only=True``."""
         counts = self._counts
         steps, clipped, skipped = counts.tolist() if isinstance(counts, Tensor) else counts
         return {
-            "method": type(self).__name__,
+            "method": self.method,
             "steps": steps,
             "clipped_steps": clipped,
             "skipped_steps": skipped,
@@ -247,8 +252,8 @@ class Transform(ABC):
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` if ``state`` is of another method."""
-        if state["method"] != type(self).__name__:
-            raise ValueError(f"the state is of {state['method']}, this clipping is {type(self).__name__}")
+        if state["method"] != self.method:
+            raise ValueError(f"the state is of {state['method']}, this clipping is {self.method}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, which must come from the same method."""
@@ -394,18 +399,14 @@ class Clipping(Transform):
 
     def remembered(self) -> dict[str, Any]:
         """What the threshold remembers, and of what."""
-        return {"parts": self._parts, **self.threshold.state_dict()}
+        return self.threshold.state_dict()
 
     @property
-    def _parts(self) -> str:
-        return f"{type(self.scope).__name__}, {type(self.threshold).__name__}"
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if ``state`` is of another method, or of one of other parts."""
-        super().check_state(state)
-        parts = state.get("parts", self._parts)
-        if parts != self._parts:
-            raise ValueError(f"the state is of a clipping of {parts}, this one is of {self._parts}")
+    def method(self) -> str:
+        """What a state must be of to be loaded: of what is no named method, the parts decide."""
+        if type(self) is not Clipping:
+            return super().method
+        return f"Clipping({type(self.scope).__name__}, {type(self.threshold).__name__})"
 
     def recall(self, state: dict[str, Any]) -> None:
         """Go on with the threshold."""

@@ -81,7 +81,7 @@ class Linear(Schedule):
         steps: K, a whole number from 1.
 
     Example:
-        >>> [Linear(10.0, 1.0, steps=3)(step) for step in (0, 1, 3, 100)]
+        >>> [round(Linear(10.0, 1.0, steps=3)(step), 3) for step in (0, 1, 3, 100)]
         [10.0, 7.0, 1.0, 1.0]
     """
 

@@ -631,7 +631,7 @@ class MovingNorm(_Remembering):
 
 
 class MeanOverRms(_Remembering):
-    r"""The mean of the unit's norms over their root mean square: in (0, 1], and smaller after a spike.
+    r"""The mean of the unit's norms over their root mean square: about 1, and smaller after a spike.
 
     .. math::
         m \leftarrow \gamma_1 m + (1 - \gamma_1) n, \qquad

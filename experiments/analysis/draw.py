@@ -37,12 +37,16 @@ def draw_curves(run: Run) -> Path:
 
 
 def curves_figure(run: Run) -> Figure:
-    """Draw train loss, metric and gradient norm against the step; what was not recorded is left out."""
+    """Draw train loss, metric and gradient norm against the step; what was not recorded is left out.
+
+    A metric that is the loss itself gets no panel of its own.
+    """
     records, summary = run.records(), run.summary()
     if records.empty:
         records = pd.DataFrame(columns=["step"], dtype=float)
     status = (run.status or {}).get("status", "not started")
     metric = summary.get("metric") or _recorded_metric(records)
+    best = summary.get("best") or {}
     unit = summary.get("clip_unit") or _recorded_unit(records)
     diverged_at = _end_of_finite_loss(records) if status == "diverged" else None
     by_share = unit != "steps" and len(_finite(records, "clipped")[0]) > 0
@@ -51,11 +55,13 @@ def curves_figure(run: Run) -> Figure:
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     heights = [1.2, 1, 0.4] if by_share else [1.2, 1]
     grid = figure.add_gridspec(len(heights), 2, width_ratios=[1.7, 1], height_ratios=heights)
-    loss = figure.add_subplot(grid[0, 0])
+    loss = figure.add_subplot(grid[0, :] if metric == "loss" else grid[0, 0])
     panels = [loss]
     _draw_loss(loss, records)
-    panels.append(figure.add_subplot(grid[0, 1], sharex=loss))
-    _draw_metric(panels[-1], records, metric, summary.get("best") or {})
+    if metric != "loss":
+        panels.append(figure.add_subplot(grid[0, 1], sharex=loss))
+        _draw_metric(panels[-1], records, metric)
+    _mark_best(panels[-1], best)
     panels.append(figure.add_subplot(grid[1, :], sharex=loss))
     _draw_norm(panels[-1], records, unit)
     if by_share:
@@ -89,11 +95,16 @@ def _draw_loss(axes: Axes, records: pd.DataFrame) -> None:
     axes.set_ylabel("loss (log scale)" if wide else "loss")
 
 
-def _draw_metric(axes: Axes, records: pd.DataFrame, metric: str | None, best: dict[str, Any]) -> None:
+def _draw_metric(axes: Axes, records: pd.DataFrame, metric: str | None) -> None:
     steps, values = _finite(records, f"train/{metric}")
     if len(steps):
         axes.plot(steps, values, color=TRAIN, label="train", **_markers(steps))
     _plot_validation(axes, records, f"val/{metric}")
+    axes.set_title(metric or "metric", **TITLE)
+    axes.set_ylabel(metric or "metric")
+
+
+def _mark_best(axes: Axes, best: dict[str, Any]) -> None:
     if _is_finite(best.get("step")) and _is_finite(best.get("value")):
         axes.plot(
             best["step"],
@@ -107,14 +118,12 @@ def _draw_metric(axes: Axes, records: pd.DataFrame, metric: str | None, best: di
             label="best",
             clip_on=False,
         )
-    axes.set_title(metric or "metric", **TITLE)
-    axes.set_ylabel(metric or "metric")
 
 
 def _plot_validation(axes: Axes, records: pd.DataFrame, column: str) -> None:
     steps, values = _finite(records, column)
     if len(steps):
-        axes.plot(steps, values, color=VALIDATION, linewidth=2, label="validation", **_markers(steps))
+        axes.plot(steps, values, color=VALIDATION, linewidth=2, label="evaluation", **_markers(steps))
 
 
 def _draw_norm(axes: Axes, records: pd.DataFrame, unit: str) -> None:
@@ -234,7 +243,7 @@ def _title(
     if summary.get("clip_fraction") is not None:
         how.append(f"{100 * summary['clip_fraction']:.3g}% of {unit} clipped")
     if summary.get("steps_per_second") is not None:
-        how.append(f"{summary['steps_per_second']:.3g} steps/s")
+        how.append(f"{summary['steps_per_second']:.1f} steps/s")
     return what + "\n" + " | ".join(how)
 
 

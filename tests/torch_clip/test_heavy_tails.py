@@ -101,11 +101,11 @@ def test_a_planted_no_op_fails_in_short():
 
 
 def holds_in_short(make):
-    """One seed: twice as good, and no worse under Gaussian noise."""
-    one = (0,), 2000
+    """One seed: three times as good, and no worse under Gaussian noise."""
+    one = (1,), 2000
     tail, none = losses(make, "student", *one), unclipped("student", *one)
     gauss, control = losses(make, "gaussian", *one), unclipped("gaussian", *one)
-    return bool(none > 2 * tail and gauss <= 1.1 * control)
+    return bool(none > 3 * tail and gauss <= 1.1 * control)
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def test_defaults():
         (lambda: AutoClip(percentile=75), "percentile must be in (0, 1], got 75; for the 75th percentile"),
         (lambda: AutoClip(percentile=0), "percentile must be in (0, 1], got 0"),
         (lambda: AutoClip(percentile=float("nan")), "percentile must be in (0, 1], got nan"),
-        (lambda: AutoClip(window=0), "window must be a whole number from 1, or None"),
+        (lambda: AutoClip(window=0), "window must be a whole number from 1, got"),
         (lambda: AutoClip(window=2.5), "got 2.5"),
         (lambda: LinearRandNormClip(beta=0), "beta must be in (0, 1], got 0"),  # B7
         (lambda: QuadraticRandAutoClip(beta=7), "beta must be in (0, 1], got 7"),

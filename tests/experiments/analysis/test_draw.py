@@ -104,9 +104,9 @@ def test_panels_hold_what_was_recorded(make_run):
     raw = line(loss, "train")
     np.testing.assert_array_equal(raw.get_xdata(), np.arange(1, STEPS + 1))
     np.testing.assert_array_equal(raw.get_ydata(), 1 + 1 / np.arange(1, STEPS + 1))
-    np.testing.assert_array_equal(line(loss, "validation").get_xdata(), [50, 100, 150, 200])
+    np.testing.assert_array_equal(line(loss, "evaluation").get_xdata(), [50, 100, 150, 200])
     np.testing.assert_allclose(line(metric, "train").get_ydata(), [0.2, 0.4, 0.6, 0.8])
-    np.testing.assert_allclose(line(metric, "validation").get_ydata(), np.array([50, 100, 150, 200]) / 300)
+    np.testing.assert_allclose(line(metric, "evaluation").get_ydata(), np.array([50, 100, 150, 200]) / 300)
     assert (line(metric, "best").get_xdata(), line(metric, "best").get_ydata()) == ([150], [0.512])
     np.testing.assert_array_equal(line(norm, "gradient norm").get_ydata(), [1, 1, 1, 2] * (STEPS // 4))
     np.testing.assert_array_equal(line(norm, "threshold").get_ydata(), 1.5)
@@ -120,6 +120,16 @@ def test_loss_is_large_on_the_left_and_the_norm_below(make_run):
     assert boxes[0].width > 1.4 * boxes[1].width
     assert boxes[2].y1 < boxes[0].y0
     assert boxes[2].width > 2 * boxes[1].width
+
+
+def test_a_metric_that_is_the_loss_is_drawn_once_across_the_width(make_run):
+    records = step_records() + [{"step": step, "val/loss": 1.2} for step in (100, 200)]
+    for summary in ({"metric": "loss", "final": {"val/loss": 1.2}}, {"metric": None, "final": {}}):
+        figure, loss, norm = panels(make_run(records, **summary, best={"step": 100, "value": 1.2}))
+        assert labels(loss)[-2:] == ["evaluation", "best"]
+        assert line(loss, "best").get_ydata() == [1.2]
+        assert loss.get_position().width == pytest.approx(norm.get_position().width)
+        assert "best loss 1.2 at step 100" in figure.get_suptitle()
 
 
 def test_every_axis_is_named_and_every_panel_titled(make_run):

@@ -1,8 +1,12 @@
-"""The listing of runs."""
+"""The listing of runs, and grids of them."""
+
+import hashlib
+import math
 
 import pytest
 
-from experiments.analysis.tables import format_table, runs_table
+from experiments.analysis.tables import format_table, grid, markdown_grid, runs_table, write_grid
+from experiments.errors import UserError
 from experiments.runs import Run, find_runs
 
 
@@ -16,7 +20,10 @@ def results(tmp_path):
 
     finished = locate("auto_clip", 9)
     finished.start({})
-    finished.finish("ok", {"metric": "mcc", "best": {"step": 600, "value": 0.51234}, "steps": 1200})
+    finished.finish(
+        "ok",
+        {"metric": "loss", "higher_is_better": False, "best": {"step": 600, "value": 0.51234}, "steps": 1200},
+    )
     killed = locate("auto_clip", 10)
     killed.start({})
     killed.append([{"step": 1}, {"step": 2}])
@@ -36,7 +43,8 @@ def test_rows_say_what_a_run_is_and_how_far_it_came(results):
         "seed": 9,
         "status": "ok",
         "step": 1200,
-        "metric": "mcc",
+        "metric": "loss",
+        "better": "lower",
         "best": 0.51234,
         "digest": "0123456789ab",
         "path": str(results / "runs/paper/cola-mini/adamw-auto_clip/0123456789ab/seed=9"),
@@ -78,3 +86,38 @@ def test_summary_without_a_best_evaluation(tmp_path):
 
 def test_no_runs():
     assert format_table(runs_table([])) == "no runs"
+
+
+def finished(tmp_path, clipping, lr, seed, loss, status="ok", **settings):
+    run = Run.locate(
+        tmp_path,
+        **dict(experiment="grid", task="quadratic", preset="mini", optimizer="sgd", clipping=clipping),
+        digest=hashlib.sha1(f"{clipping}{lr}{settings}".encode()).hexdigest()[:12],
+        seed=seed,
+    )
+    run.start({"optimizer": {"lr": lr}, "clipping": settings})
+    final = {"val/loss": loss} if status == "ok" else {}
+    run.finish(status, {"status": status, "metric": "loss", "higher_is_better": False, "final": final}, None)
+    return run
+
+
+def test_a_grid_has_medians_over_seeds_and_counts_diverged_runs(tmp_path):
+    runs = [
+        *(finished(tmp_path, "norm", 0.1, seed, seed + 1.0, threshold=2.0) for seed in range(3)),
+        *(finished(tmp_path, "auto_clip", 0.1, seed, 5.0, percentile=0.5) for seed in range(3)),
+        finished(tmp_path, "no_clip", 0.1, 0, 7.0),
+        *(finished(tmp_path, "no_clip", 0.1, seed, math.nan, "diverged") for seed in (1, 2)),
+        finished(tmp_path, "no_clip", 0.2, 0, 0.5),
+    ]
+    table = grid(runs, ["clipping", "clipping.threshold|clipping.percentile"], ["optimizer.lr"])
+    assert table.loc[("norm", 2.0), 0.1] == 2.0
+    assert table.loc[("auto_clip", 0.5), 0.1] == 5.0
+    assert table.loc[("no_clip", "-"), 0.1] == math.inf
+    assert table.loc[("no_clip", "-"), 0.2] == 0.5
+    text = markdown_grid(table)
+    assert "| clipping | clipping.threshold or clipping.percentile | optimizer.lr 0.1 |" in text
+    assert "| no_clip | - | inf | 0.5 |" in text
+    assert "| norm | 2.0 | 2 |  |" in text
+    with pytest.raises(UserError, match=r"both of clipping=no_clip, experiment=grid: add what tells"):
+        grid(runs, ["clipping"], ["experiment"])
+    assert [path.name for path in write_grid(tmp_path / "out", table)] == ["grid.csv", "grid.md"]
