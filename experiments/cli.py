@@ -33,11 +33,13 @@ clipbench run [-m] [KEY=VALUE ...]: train one run, or with -m every combination 
   clipbench run clipping=auto_clip --cfg job        show the config, run nothing
 
 groups   task optimizer clipping scheduler preset (clipbench list GROUP shows the options)
-keys     seed max_steps eval_every log_every data_dir results_dir device force quiet
+keys     seed max_steps eval_every warmup_steps precision compile accumulate device nproc data_dir
+         results_dir log_every checkpoint_every keep max_seconds force quiet
 into     any setting of a chosen option: optimizer.lr=0.1 clipping.percentile=0.25 task.batch_size=16
 
 The run's folder is printed at the end: config.yaml, metrics.parquet, summary.json, curves.png.
-A finished run is not run again; force=true does.
+A finished run is not run again; force=true does. One that was stopped, or killed, goes on from its last
+checkpoint when the same command is given again.
 """
 
 LIST_HELP = """\
@@ -80,7 +82,8 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _complain(error: UserError) -> int:
-    print(f"clipbench: {error}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes meet the same
+        print(f"clipbench: {error}", file=sys.stderr)
     return 2
 
 
@@ -183,16 +186,18 @@ def _one_run(cfg, choices: dict[str, str], presets) -> int:
     from experiments.training.run import run
 
     task = choices["task"]
-    if not cfg.quiet:
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first and not cfg.quiet:
         name, why = Path(choices["preset"]).name, presets.name(task)[1]
         print(f"task={task} preset={name}: {why}", flush=True)
     outcome = run(cfg, choices)
-    if outcome.status in ("ok", "diverged") and not outcome.run.curves_path.exists():
-        draw_curves(outcome.run)
-    state = outcome.status if outcome.fresh else f"already {outcome.status}"
-    print(f"{state}: {outcome.message}\n{outcome.run.path}", flush=True)
-    if outcome.status == "killed":
-        raise KeyboardInterrupt
+    if first:
+        if outcome.status in ("ok", "diverged") and not outcome.run.curves_path.exists():
+            draw_curves(outcome.run)
+        state = outcome.status if outcome.fresh else f"already {outcome.status}"
+        print(f"{state}: {outcome.message}\n{outcome.run.path}", flush=True)
+    if outcome.signal is not None:  # ends a sweep too
+        raise SystemExit(128 + outcome.signal)
     return 0 if outcome.status in ("ok", "diverged") else 1
 
 
@@ -223,17 +228,31 @@ def _list(argv: list[str]) -> int:
 def _list_runs(options: list[str]) -> int:
     import argparse
 
-    from experiments.analysis.tables import format_table, runs_table
-    from experiments.runs import find_runs
+    from experiments.analysis.tables import format_table, grid, markdown_grid, runs_table, write_grid
+    from experiments.runs import FINISHED, find_runs
 
     parser = argparse.ArgumentParser(prog="clipbench list runs")
     parser.add_argument("--results-dir", default="results", help="where runs/ lies (default: results)")
-    root = Path(parser.parse_args(options).results_dir) / "runs"
-    found = find_runs(root)
+    parser.add_argument("--experiment", help="only the runs of this one")
+    parser.add_argument(
+        "--rows", help="a grid of medians over seeds: its rows, as in clipping,clipping.threshold"
+    )
+    parser.add_argument("--columns", default="optimizer.lr", help="of the grid (default: %(default)s)")
+    parser.add_argument("--out", help="folder to write the grid into, as CSV and Markdown")
+    args = parser.parse_args(options)
+    root = Path(args.results_dir) / "runs"
+    found = [run for run in find_runs(root) if args.experiment in (None, run.names["experiment"])]
     if not found:
         print(f"no runs in {root}; 'clipbench run' makes one, --results-dir looks elsewhere")
         return 0
-    print(format_table(runs_table(found)))
+    if args.rows is None:
+        print(format_table(runs_table(found)))
+        return 0
+    finished = [run for run in found if (run.status or {}).get("status") in FINISHED]
+    table = grid(finished, args.rows.split(","), args.columns.split(","))
+    print(markdown_grid(table))
+    if args.out:
+        print(*write_grid(Path(args.out), table), sep="\n")
     return 0
 
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from experiments.errors import UserError, nearest
-from experiments.tasks.base import EpochSampler, Output, Task
+from experiments.tasks.base import Batch, EpochLoader, Output, Task, as_is
 from experiments.tasks.hub import Checkpoint, looked_at, reachable, reason
-from experiments.tasks.metrics import accuracy, matthews_corrcoef
+from experiments.tasks.metrics import accuracy, confusion_matrix, matthews_corrcoef
 from experiments.tasks.samples import cola as samples
 
 SOURCES = ("embedded", "hub")
@@ -24,6 +24,7 @@ MODEL_KEYS = ("name_or_path", "config")
 TRAIN_FILE = "in_domain_train.tsv"
 FILES = (TRAIN_FILE, "in_domain_dev.tsv", "out_of_domain_dev.tsv")
 COLUMNS = "4 tab-separated columns: source, label (0 or 1), mark, sentence"
+NUM_CLASSES = 2
 EVAL_BATCH_SIZE = 256
 
 Split = tuple[list[str], list[int]]
@@ -48,7 +49,6 @@ class CoLA(Task):
     """
 
     metric = "mcc"
-    num_classes = 2
 
     def __init__(
         self,
@@ -113,22 +113,23 @@ class CoLA(Task):
         )
 
     def build_model(self) -> nn.Module:
-        return self._encoder.build(self.num_classes)
+        return self._encoder.build(NUM_CLASSES)
 
-    def train_loader(self, seed: int) -> DataLoader:
-        sampler = EpochSampler(len(self._train_set), self._batch_size, seed)
-        return DataLoader(self._train_set, batch_sampler=sampler, collate_fn=_as_is)
+    def train_loader(self, seed: int) -> EpochLoader:
+        return EpochLoader(self._train_set, self._batch_size, seed, collate_fn=as_is)
 
     def eval_loader(self) -> DataLoader:
         sampler = BatchSampler(SequentialSampler(self._val_set), EVAL_BATCH_SIZE, drop_last=False)
-        return DataLoader(self._val_set, batch_sampler=sampler, collate_fn=_as_is)
+        return DataLoader(self._val_set, batch_sampler=sampler, collate_fn=as_is)
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Output:
+    def forward(self, model: nn.Module, batch: Batch) -> Output:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return Output(F.cross_entropy(logits, batch["labels"]), logits.argmax(-1), batch["labels"])
+        labels = batch["labels"]
+        tally = confusion_matrix(logits.argmax(-1), labels, NUM_CLASSES)
+        return Output(F.cross_entropy(logits, labels), len(labels), tally)
 
-    def metrics(self, confusion: Tensor) -> dict[str, float]:
-        return {"mcc": matthews_corrcoef(confusion), "accuracy": accuracy(confusion)}
+    def metrics(self, tally: Tensor) -> dict[str, float]:
+        return {"mcc": matthews_corrcoef(tally), "accuracy": accuracy(tally)}
 
     def _sentences(self) -> tuple[Split, Split]:
         """Training and evaluation split."""
@@ -209,7 +210,7 @@ class EncodedSentences(Dataset):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: list[int]) -> Batch:
         index = torch.tensor(indices)
         lengths = self._lengths[index]
         longest = int(lengths.max())
@@ -294,10 +295,6 @@ def fetch_from_hub() -> tuple[Split, Split]:
 
 def _as_split(sentences: Sequence[samples.Sentence]) -> Split:
     return [sentence.text for sentence in sentences], [sentence.label for sentence in sentences]
-
-
-def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
 
 
 def missing_for_paper(given: Mapping[str, str]) -> str | None:

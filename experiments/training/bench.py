@@ -202,7 +202,7 @@ def _tuned(method: str, clips: bool, norms: Tensor, recorded: int = 100) -> torc
         state = {"warmup_steps": 100.0, "average": share * norms.cpu()}
     elif method in ("adaclip", "stable_spam"):
         largest = torch.full((len(norms),), 1e-3 if clips else 1e3)
-        state = {"largest": largest, "left": torch.zeros(len(norms))}
+        state = {"largest": largest, "filled": torch.ones(len(norms))}
         if method == "stable_spam":
             clipping.clippings[0].recall(state)
             return clipping

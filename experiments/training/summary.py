@@ -14,26 +14,68 @@ from typing import Any
 import torch
 
 from experiments.training.clock import Clock
-from experiments.training.train import Record
+from experiments.training.recorder import Record
 
 
-def results(records: list[Record], metric: str) -> dict[str, Any]:
-    """Final and best evaluation, and what clipping did."""
-    steps = [record for record in records if "lr" in record]
-    evaluations = [record for record in records if "lr" not in record]
-    best = max(evaluations, key=lambda record: record[f"val/{metric}"], default=None)
-    return {
-        "steps": steps[-1]["step"] if steps else 0,
-        "final": evaluations[-1] if evaluations else {},
-        "best": {"step": best["step"], "value": best[f"val/{metric}"]} if best else {},
-        "clip_fraction": sum(record["clipped"] for record in steps) / len(steps) if steps else math.nan,
-    }
+class Results:
+    """Final and best evaluation, and what clipping did, of the records so far.
+
+    Args:
+        metric: that decides which evaluation is best.
+        higher_is_better: whether the largest is.
+    """
+
+    def __init__(self, metric: str, higher_is_better: bool) -> None:
+        self._name = f"val/{metric}"
+        self._sign = 1 if higher_is_better else -1
+        self._clipped = 0.0
+        self.steps = 0
+        self.final: Record = {}
+        self.best: Record = {}
+        """Step and value."""
+
+    @property
+    def clip_fraction(self) -> float:
+        """Mean of ``clipped`` over the steps."""
+        return self._clipped / self.steps if self.steps else math.nan
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last evaluation is the best so far."""
+        return bool(self.best) and self.best["step"] == self.final["step"]
+
+    def add(self, records: list[Record]) -> None:
+        """Take in the next records."""
+        for record in records:
+            if "lr" in record:
+                self.steps = record["step"]
+                self._clipped += record["clipped"]
+                continue
+            self.final = record
+            value = record[self._name]
+            # NaN compares as neither, and would stay the best of all where it comes first.
+            better = not self.best or self._sign * value > self._sign * self.best["value"]
+            if better and not math.isnan(value):
+                self.best = {"step": record["step"], "value": value}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Their part of the summary."""
+        names = ("steps", "final", "best", "clip_fraction")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on in a resumed run."""
+        return {"clipped": self._clipped, "steps": self.steps, "final": self.final, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._clipped, self.steps = state["clipped"], state["steps"]
+        self.final, self.best = state["final"], state["best"]
 
 
-def cost(clock: Clock, records: list[Record], device: torch.device) -> dict[str, Any]:
+def cost(clock: Clock, steps: int, device: torch.device) -> dict[str, Any]:
     """Time of the training steps, evaluation and records apart; peak memory of the process or the device."""
     clock.settle()
-    steps = sum("lr" in record for record in records)
     seconds = sum(clock.seconds.values())
     on_cuda = device.type == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from experiments.tasks.base import Task
-from experiments.tasks.metrics import confusion_matrix
-from experiments.training.clock import Clock
-
-Record = dict[str, float]
-
-# So many losses in a row that are not finite are no bad batch any more: the weights themselves are lost.
-DIVERGED_AFTER = 20
-
-
-class Diverged(Exception):
-    """The train loss is not finite any more, or the evaluation loss is not."""
+from experiments.tasks.base import Task, to_device
+from experiments.training.precision import Precision
+from experiments.training.recorder import Diverged, Record
+from experiments.training.state import State
 
 
 class Budget(NamedTuple):
@@ -33,84 +22,114 @@ class Budget(NamedTuple):
     max_steps: int
     eval_every: int
     log_every: int
+    checkpoint_every: int
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+
+
+class Moment(NamedTuple):
+    """Where the loop pauses, for records to be written and the state to be saved."""
+
+    records: list[Record]
+    evaluated: bool = False
+    """``records`` is an evaluation, and the model holds the weights that were evaluated."""
+    state: dict[str, Any] | None = None
+    """Where nothing of a step is left to do: what is saved now goes on as if it had never stopped."""
 
 
 def train(
     task: Task,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
+    state: State,
     budget: Budget,
+    precision: Precision,
     *,
-    seed: int,
     device: torch.device,
-    clock: Clock,
-) -> Iterator[list[Record]]:
-    """Train ``model`` for ``budget.max_steps`` steps.
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Moment]:
+    """Train ``state.model`` up to step ``budget.max_steps``.
 
     Args:
-        task: gives batches, loss and metrics; loaded.
-        model: on ``device``.
-        optimizer: with a clipping attached, whose telemetry is recorded.
-        scheduler: stepped after each optimizer step.
+        task: gives loss and metrics; loaded.
+        state: at step 0, or wherever it was saved.
         budget: steps.
-        seed: of the data order.
+        precision: of forward and backward.
         device: of the model.
-        clock: is told where the time goes; evaluation and records are not counted.
+        should_stop: asked after each step; where it says so, that step is the last.
 
     Yields:
-        Records, one for each step and one for each evaluation, every ``budget.log_every`` steps and after
-        each evaluation. In between the host never waits for the device.
+        Moments: with the records of the steps every ``budget.log_every`` steps, with that of an evaluation,
+        and with the state every ``budget.checkpoint_every`` steps and after the last. In between the host
+        never waits for the device. All processes see the same.
 
     Raises:
         Diverged: after the records that show it.
     """
-    loader = task.train_loader(seed)
-    evaluation = task.eval_loader()
-    recorder = Recorder(budget.log_every, device)
-    confusion = torch.zeros(task.num_classes, task.num_classes, dtype=torch.int64, device=device)
-    step = 0
+    model, optimizer, clock, ranks = state.model, state.optimizer, state.clock, state.ranks
+    replica = ranks.replicate(model, accumulates=budget.accumulate > 1)
     model.train()
-    for epoch in itertools.count():
-        loader.batch_sampler.set_epoch(epoch)
-        batches = iter(loader)
-        while step < budget.max_steps:
-            clock.start()
-            batch = next(batches, None)
-            if batch is None:
-                break
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    while state.step < budget.max_steps:
+        clock.start()
+        loss = torch.zeros((), device=device)
+        for missing in reversed(range(budget.accumulate)):
+            batch = to_device(next(state.batches), device)
             clock.lap("data")
-            output = task.forward(model, batch)
+            ranks.exchange_gradients(replica, now=missing == 0)
+            with precision.autocast():
+                output = task.forward(replica, batch)
             clock.lap("forward")
-            output.loss.backward()
+            state.scaler.scale(output.loss / budget.accumulate).backward()
             clock.lap("backward")
-            lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            clock.lap("clip+step")
+            loss += output.loss.detach() / budget.accumulate
+            state.tally = state.tally + output.tally
+        lr = optimizer.param_groups[0]["lr"]
+        state.scaler.unscale_(optimizer)
+        loss = ranks.mean(loss)
+        optimizer.clipping.observe(loss)
+        optimizer.step()  # not the scaler's: the clipping skips what is not finite, and says so
+        state.scaler.update()
+        state.scheduler.step()
+        optimizer.zero_grad()
+        clock.lap("clip+step")
 
-            step += 1
-            confusion += confusion_matrix(output.predictions, output.targets, task.num_classes)
-            recorder.add({"step": step, "epoch": step / len(loader), "lr": lr}, output.loss, optimizer)
-            last = step == budget.max_steps
-            if last or step % budget.log_every == 0 or step % budget.eval_every == 0:
-                clock.settle()
-                yield recorder.flush()
-                recorder.check(step, last)
-            if last or step % budget.eval_every == 0:
-                record = {"step": step, "epoch": step / len(loader)}
-                record |= {f"train/{name}": value for name, value in task.metrics(confusion).items()}
-                with output_of(optimizer):
-                    record |= evaluate(task, model, evaluation, device)
-                yield [record]
-                if not math.isfinite(record["val/loss"]):
-                    raise Diverged(f"the evaluation loss is {record['val/loss']} after step {step}")
-                confusion.zero_()
-                model.train()
-        if step == budget.max_steps:
+        state.step += 1
+        state.recorder.add({"step": state.step, "epoch": state.batches.epochs, "lr": lr}, loss, optimizer)
+        last = state.step == budget.max_steps
+        evaluates = last or state.step % budget.eval_every == 0
+        saves = last or state.step % budget.checkpoint_every == 0
+        looks = evaluates or saves or state.step % budget.log_every == 0
+        # Several processes agree only where the host waits for the device anyway.
+        stopping = (looks or ranks.alone) and ranks.any(should_stop())
+        if looks or stopping:
+            clock.settle()
+            records = state.recorder.flush()
+            yield Moment(records)
+            state.recorder.check(records[-1]["step"], last)
+        if evaluates:
+            with output_of(optimizer):
+                record = evaluation(task, state, precision, device)
+                yield Moment([record], evaluated=True)
+            if not math.isfinite(record["val/loss"]):
+                raise Diverged(f"the evaluation loss is {record['val/loss']} after step {state.step}")
+            state.tally = 0
+            model.train()
+        if saves or stopping:
+            yield Moment([], state=state.state_dict())
+        if stopping:
             return
+
+
+def evaluation(task: Task, state: State, precision: Precision, device: torch.device) -> Record:
+    """The record of an evaluation, and of the training batches since the one before."""
+
+    def evaluate() -> tuple[float, dict[str, float]]:
+        with precision.autocast():
+            return task.evaluate(state.model, device)
+
+    record = {"step": state.step, "epoch": state.batches.epochs}
+    tally = state.ranks.sum(state.tally)
+    record |= {f"train/{name}": value for name, value in task.metrics(tally).items()}
+    loss, metrics = state.ranks.from_first(evaluate)
+    return record | {"val/loss": loss} | {f"val/{name}": value for name, value in metrics.items()}
 
 
 @contextlib.contextmanager
@@ -122,64 +141,3 @@ def output_of(optimizer: Optimizer) -> Iterator[None]:
     yield
     if swaps:
         optimizer.train()
-
-
-@torch.no_grad()
-def evaluate(task: Task, model: nn.Module, loader: Any, device: torch.device) -> Record:
-    """Loss and metrics over the whole evaluation split, from one confusion matrix."""
-    model.eval()
-    confusion = torch.zeros(task.num_classes, task.num_classes, dtype=torch.int64, device=device)
-    loss = torch.zeros((), device=device)
-    examples = 0
-    for batch in loader:
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        output = task.forward(model, batch)
-        confusion += confusion_matrix(output.predictions, output.targets, task.num_classes)
-        loss += output.loss * len(output.targets)
-        examples += len(output.targets)
-    record = {"val/loss": loss.item() / examples}
-    return record | {f"val/{name}": value for name, value in task.metrics(confusion).items()}
-
-
-class Recorder:
-    """Keeps what happens on the device there, and brings many steps over in one transfer.
-
-    Args:
-        rows: steps between two transfers.
-        device: of the loss.
-    """
-
-    COLUMNS = ("train/loss", "grad_norm", "threshold", "clip_coef", "clipped")
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self._host = device.type == "cpu"
-        self._device_rows = torch.empty(0 if self._host else rows, len(self.COLUMNS), device=device)
-        self._known: list[Record] = []
-        self._bad_losses = 0
-
-    def add(self, known: Record, loss: Tensor, optimizer: Optimizer) -> None:
-        """Remember one step: what the host knows, the loss, and what the clipping did."""
-        told = optimizer.clipping.telemetry
-        values = (loss.detach(), told.grad_norm, told.threshold, told.clip_coef, told.clipped)
-        if self._host:
-            known |= {name: float(value) for name, value in zip(self.COLUMNS, values, strict=True)}
-        else:
-            row = self._device_rows[len(self._known)]
-            tensors = [v.to(row.dtype) if isinstance(v, Tensor) else row.new_full((), v) for v in values]
-            torch.stack(tensors, out=row)
-        self._known.append(known)
-
-    def flush(self) -> list[Record]:
-        """Records since the last flush; here the host waits for the device."""
-        records, self._known = self._known, []
-        if not self._host:
-            for record, row in zip(records, self._device_rows[: len(records)].tolist(), strict=True):
-                record |= zip(self.COLUMNS, row, strict=True)
-        for record in records:
-            self._bad_losses = 0 if math.isfinite(record["train/loss"]) else self._bad_losses + 1
-        return records
-
-    def check(self, step: int, last: bool) -> None:
-        """Raise ``Diverged`` if the flushed losses say so."""
-        if self._bad_losses >= (1 if last else DIVERGED_AFTER):
-            raise Diverged(f"the last {self._bad_losses} train losses up to step {step} are not finite")

@@ -57,6 +57,8 @@ class TestDigest:
             ("results_dir", "/elsewhere"),
             ("task.data_dir", "/elsewhere"),
             ("keep", 5),
+            ("checkpoint_every", 3),
+            ("max_seconds", 60),
             ("nproc", 2),
             ("hydra", {"launcher": "joblib"}),
             ("optimizer.betas", (0.9, 0.99)),
@@ -79,6 +81,9 @@ class TestDigest:
             ("device_type", "cuda"),
             ("world_size", 2),
             ("fingerprint", "abc"),
+            ("precision", "bf16"),
+            ("compile", True),
+            ("accumulate", 2),
             ("optimizer.betas", [0.99, 0.9]),
         ],
     )
@@ -149,6 +154,39 @@ class TestFingerprint:
 
     def test_of_nothing_is_none(self):
         assert fingerprint([]) is None
+
+    def test_of_very_much_reads_the_ends_of_some_files_only(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(runs, "READ_WHOLE", 200)
+        monkeypatch.setattr(runs, "SAMPLED_FILES", 4)
+        monkeypatch.setattr(runs, "SAMPLED_BYTES", 10)
+        files = [tmp_path / f"{i}.jpg" for i in range(10)]
+        for file in files:
+            file.write_bytes(b"x" * 30)
+        opened = []
+        real = open
+        monkeypatch.setattr(
+            "builtins.open", lambda path, *args: opened.append(str(path)) or real(path, *args)
+        )
+        before = fingerprint(files)
+        assert len(opened) == 4  # of 10: of every third
+
+        def seen(change) -> bool:
+            contents = [file.read_bytes() for file in files]
+            change()
+            after = fingerprint(tmp_path.glob("*.jpg"))
+            for path in tmp_path.glob("*.jpg"):
+                path.unlink()
+            for file, content in zip(files, contents, strict=True):
+                file.write_bytes(content)
+            assert fingerprint(files) == before
+            return after != before
+
+        assert seen(lambda: files[3].write_bytes(b"y" + b"x" * 29))  # the head of one that is read
+        assert seen(lambda: files[3].write_bytes(b"x" * 29 + b"y"))  # its tail
+        assert seen(lambda: files[1].write_bytes(b"x" * 31))  # the size of any
+        assert seen(lambda: files[1].rename(tmp_path / "1a.jpg"))  # the name of any
+        assert seen(lambda: files[1].unlink())
+        assert not seen(lambda: files[3].write_bytes(b"x" * 15 + b"y" + b"x" * 14))  # as documented
 
 
 class TestPlace:
@@ -231,6 +269,42 @@ class TestLife:
         assert records["step"].tolist() == [1, 2, 2, 3]
         np.testing.assert_array_equal(records["lr"], [0.1, 0.1, np.nan, 0.2])
         np.testing.assert_array_equal(records["val/loss"], [np.nan, np.nan, np.inf, np.nan])
+
+    def test_checkpoints_appear_whole_and_go_by_name(self, run):
+        run.start({})
+        run.append([{"step": 1}])
+
+        def write(name: str, content: bytes, fails: bool = False) -> None:
+            with run.write_checkpoint(name) as file:
+                file.write(content)
+                if fails:
+                    raise OSError("disk full")
+
+        for name in ("last", "best", "step=1"):
+            write(name, name.encode())
+        with pytest.raises(OSError, match="disk full"):
+            write("last", b"torn", fails=True)
+        assert run.checkpoint_path("last").read_bytes() == b"last"
+        (run.checkpoints_dir / ".last.pt.77.tmp").touch()  # of a process that was killed
+        run.resume(1)
+        assert {path.name for path in run.checkpoints_dir.iterdir()} == {"last.pt", "best.pt", "step=1.pt"}
+        run.drop_checkpoints(but="best")
+        assert [path.name for path in run.checkpoints_dir.iterdir()] == ["best.pt"]
+        run.drop_checkpoints(but="last")
+        assert not run.checkpoints_dir.exists()
+        run.drop_checkpoints(but="none")
+
+    def test_a_checkpoint_reaches_the_disk_after_its_records(self, run, monkeypatch):
+        run.start({})
+        run.append([{"step": 1}])
+        synced, real = [], os.fsync
+        monkeypatch.setattr(
+            os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or real(file)
+        )
+        with run.write_checkpoint("last") as file:
+            file.write(b"x")
+        assert synced[0].endswith("metrics.jsonl")
+        assert "last.pt" in synced[1]
 
     def test_resume_with_nothing_recorded(self, run):
         run.start({})

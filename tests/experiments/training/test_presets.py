@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -31,6 +33,10 @@ def test_default_is_paper_where_it_can_run(monkeypatch, cuda, missing, chosen, n
     assert asked == ([{"data_dir": "some/folder"}] if cuda else [])  # tried once a launch
 
 
+def test_a_task_with_one_preset_takes_it():
+    assert Presets(None, {}).name("quadratic") == ("mini", "the only one of this task")
+
+
 def test_preset_gives_the_defaults_of_its_groups():
     assert Presets("paper", {}).value("optimizer", "cola") == "adam"
     assert Presets("reference", {}).value("scheduler", "cola") == "linear"
@@ -52,16 +58,17 @@ def test_without_network_or_cache_the_message_says_what_is_missing(monkeypatch):
     assert cola.missing_for_paper({}) is None
 
 
-def test_every_task_has_presets_that_give_what_the_options_refer_to():
+@pytest.mark.parametrize("task", sorted(path.stem for path in (conf_dir() / "task").glob("*.yaml")))
+def test_every_preset_gives_what_the_options_refer_to(task):
     import yaml
 
-    keys = {"model", "max_steps", "eval_every", "batch_size", "warmup_steps", "scheduler", "optimizer", "lr"}
-    for task in (conf_dir() / "task").glob("*.yaml"):
-        presets = list((conf_dir() / "preset" / task.stem).glob("*.yaml"))
-        assert presets
-        for preset in presets:
-            values = yaml.safe_load(preset.read_text())
-            assert keys <= set(values), preset
-            assert {path.stem for path in (conf_dir() / "optimizer").glob("*.yaml")} == set(values["lr"]), (
-                preset
-            )
+    options = [conf_dir() / "run.yaml", conf_dir() / "task" / f"{task}.yaml"]
+    options += (conf_dir() / "scheduler").glob("*.yaml")
+    keys = {key for path in options for key in re.findall(r"\$\{preset\.(\w+)", path.read_text())}
+    assert {"max_steps", "eval_every", "warmup_steps"} <= keys
+    presets = list((conf_dir() / "preset" / task).glob("*.yaml"))
+    assert presets
+    for preset in presets:
+        values = yaml.safe_load(preset.read_text())
+        assert keys | {"scheduler", "optimizer", "lr"} <= set(values), preset
+        assert {path.stem for path in (conf_dir() / "optimizer").glob("*.yaml")} == set(values["lr"]), preset

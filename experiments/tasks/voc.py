@@ -1,0 +1,404 @@
+"""What does each pixel show? A U-Net on PASCAL VOC 2012, or on drawn shapes of our own."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.datasets import VOCSegmentation
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vf
+
+from experiments.errors import UserError, nearest
+from experiments.tasks import hub
+from experiments.tasks.base import Batch, EpochLoader, Output, Task
+from experiments.tasks.images import (
+    MEAN,
+    Pictures,
+    UnreadableFile,
+    check_at_least,
+    check_choice,
+    check_keys,
+    eval_batches,
+    layout,
+    normalise,
+    open_picture,
+    open_rgb,
+    train_batches,
+)
+from experiments.tasks.metrics import accuracy, confusion_matrix, iou, mean_iou
+from experiments.tasks.samples import voc as samples
+
+SOURCES = ("embedded", "download")
+MODEL_KEYS = ("encoder_name", "encoder_weights", "encoder_depth", "decoder_channels")
+SPLITS = ("train", "val")
+YEAR = "2012"
+URL = DATASET_YEAR_DICT[YEAR]["url"]
+DEVKIT = Path("VOCdevkit", "VOC2012")
+VOID = 255
+CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
+    "tvmonitor",
+)
+EVAL_BATCH_SIZE = 16
+SCALES = (0.5, 2.0)
+GREY = tuple(round(255 * value) for value in MEAN)  # 0 once normalised
+
+Pair = tuple[Image.Image, tv_tensors.Mask]
+"""A picture, and its mask, uint8 (height, width)."""
+
+
+class VOC(Task):
+    """Segmentation with a U-Net of segmentation-models-pytorch, scored by the mean IoU over all classes.
+
+    It is computed from one confusion matrix of the whole set; void pixels (255) count neither there nor in
+    the loss. Training pictures are enlarged or shrunk, cropped and mirrored at random. In evaluation a
+    picture is shrunk to fit into ``image_size`` if it is larger, and never enlarged.
+
+    Args:
+        model: of ``segmentation_models_pytorch.Unet``: ``encoder_name``, ``encoder_weights`` (None for an
+            encoder from scratch), ``encoder_depth``, ``decoder_channels``.
+        data_dir: folder that holds ``VOCdevkit/VOC2012`` as published. Replaces ``source`` and changes
+            nothing else.
+        source: ``embedded`` for drawn shapes, ``download`` for VOC2012 by torchvision, which keeps it.
+        image_size: side of what the model is given, in pixels.
+        batch_size: pictures in a training batch.
+        num_workers: processes that load pictures; 0 for none. Changes no number.
+        channels_last: whether the channels of a pixel lie together in memory.
+        num_train: embedded pictures to train on.
+        num_val: embedded pictures to evaluate on.
+    """
+
+    metric = "miou"
+
+    def __init__(
+        self,
+        *,
+        model: Mapping[str, Any],
+        data_dir: str | None = None,
+        source: str = "embedded",
+        image_size: int = 512,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        channels_last: bool = True,
+        num_train: int = 2_000,
+        num_val: int = 300,
+    ) -> None:
+        check_keys("model", model, MODEL_KEYS)
+        check_choice("source", source, SOURCES)
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        check_at_least("num_train", num_train, 1)
+        check_at_least("num_val", num_val, 1)
+        check_at_least("image_size", image_size, 32)
+        self._model = UnetMaker(**model)
+        self._data_dir = None if data_dir is None else Path(str(data_dir)).expanduser()
+        self._source = source
+        self._image_size = image_size
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._layout = layout(channels_last)
+        self._num_train, self._num_val = num_train, num_val
+
+    def input_files(self) -> list[Path]:
+        return [] if self._data_dir is None else published_files(self._data_dir)
+
+    def load(self) -> None:
+        self._model.check(self._image_size)
+        if self._data_dir is None and self._source == "embedded":
+            train, val = samples.generate(self._num_train, self._num_val)
+            self._train_set, self._val_set = EmbeddedPairs(*train), EmbeddedPairs(*val)
+        else:
+            root = self._data_dir or download()
+            published_files(root)
+            self._train_set, self._val_set = (PublishedPairs(root, split) for split in SPLITS)
+        self._classes = self._train_set.classes
+
+    def build_model(self) -> nn.Module:
+        return self._model.build(len(self._classes)).to(memory_format=self._layout)
+
+    def train_loader(self, seed: int) -> EpochLoader:
+        pictures = Pictures(self._train_set, train_transform(self._image_size), seed)
+        return train_batches(pictures, self._batch_size, seed, self._num_workers)
+
+    def eval_loader(self) -> DataLoader:
+        pictures = Pictures(self._val_set, functools.partial(fit, size=self._image_size))
+        return eval_batches(pictures, EVAL_BATCH_SIZE, self._num_workers)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Output:
+        logits = model(normalise(batch["images"], self._layout))
+        masks = batch["targets"].long()
+        loss = F.cross_entropy(logits, masks, ignore_index=VOID)
+        tally = confusion_matrix(logits.argmax(1), masks, len(self._classes), VOID)
+        return Output(loss, len(masks), tally)
+
+    def metrics(self, tally: Tensor) -> dict[str, float]:
+        of_class = dict(zip(self._classes, iou(tally), strict=True))
+        return {
+            "miou": mean_iou(tally),
+            "pixel_accuracy": accuracy(tally),
+            # A class that is neither shown nor predicted has none.
+            **{f"iou/{name}": value for name, value in of_class.items() if not math.isnan(value)},
+        }
+
+
+class UnetMaker:
+    """A U-Net of segmentation-models-pytorch.
+
+    Args:
+        encoder_name: of an encoder there.
+        encoder_weights: name of pretrained weights, fetched from the hub; None for an encoder from scratch.
+        encoder_depth: how often the encoder halves the picture.
+        decoder_channels: of each step back up.
+    """
+
+    def __init__(
+        self,
+        encoder_name: str = "resnet34",
+        encoder_weights: str | None = None,
+        encoder_depth: int = 5,
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+    ) -> None:
+        check_at_least("model.encoder_depth", encoder_depth, 1)
+        if not isinstance(decoder_channels, Sequence) or len(decoder_channels) != encoder_depth:
+            raise UserError(
+                f"model.decoder_channels must be {encoder_depth} numbers, as model.encoder_depth says, "
+                f"got {decoder_channels!r}"
+            )
+        for channels in decoder_channels:
+            check_at_least("model.decoder_channels", channels, 1)
+        self._name = encoder_name
+        self._weights = encoder_weights
+        self._depth = encoder_depth
+        self._channels = list(decoder_channels)
+
+    def check(self, image_size: int) -> None:
+        """Refuse what makes no U-Net for pictures of this size, or weights that are not to be had."""
+        from segmentation_models_pytorch.encoders import encoders
+
+        multiple = 2**self._depth
+        if image_size % multiple:
+            raise UserError(
+                f"image_size must be a multiple of 2^encoder_depth = {multiple}, got {image_size}"
+            )
+        if self._name not in encoders and not str(self._name).startswith("tu-"):
+            raise UserError(
+                f"segmentation-models-pytorch has no encoder {self._name!r}."
+                f"{nearest(str(self._name), encoders)}"
+            )
+        try:
+            with torch.device("meta"):
+                self._make(classes=2, weights=None)
+        except Exception as error:  # wrong names and depths raise types of smp's and of timm's own
+            raise UserError(f"model makes no U-Net: {hub.reason(error)}") from error
+        if self._weights is not None:
+            pretrained = encoders.get(self._name, {}).get("pretrained_settings", {})
+            if self._weights not in pretrained:
+                choices = ", ".join(["null", *pretrained])
+                raise UserError(
+                    f"model.encoder_weights of {self._name} must be one of {choices}, got {self._weights!r}"
+                )
+            self._check_at_hand(**pretrained[self._weights])
+
+    def build(self, classes: int) -> nn.Module:
+        """The model; what has no pretrained weights is drawn from torch's global generator."""
+        try:
+            return self._make(classes, self._weights)
+        except Exception as error:  # network, cache, damaged files
+            raise self._unusable(hub.reason(error)) from error
+
+    def _make(self, classes: int, weights: str | None) -> nn.Module:
+        from segmentation_models_pytorch import Unet
+
+        return Unet(self._name, self._depth, weights, decoder_channels=self._channels, classes=classes)
+
+    def _check_at_hand(self, repo_id: str, revision: str) -> None:
+        from huggingface_hub import try_to_load_from_cache
+
+        kept = try_to_load_from_cache(repo_id, "model.safetensors", revision=revision)
+        if not kept and not hub.reachable():
+            raise self._unusable("no network, and no earlier download")
+
+    def _unusable(self, why: str) -> UserError:
+        return UserError(
+            f"cannot get the {self._weights} weights of {self._name}: {why}. Looked in "
+            f"{hub.looked_at()}. Ways on: a network, task.model.encoder_weights=null for an encoder from "
+            "scratch, or preset=mini, which needs none"
+        )
+
+
+# Data
+
+
+class EmbeddedPairs(Dataset):
+    """Drawn pictures and their masks.
+
+    Args:
+        pictures: bytes, (number, height, width, 3).
+        masks: bytes, (number, height, width).
+    """
+
+    classes: ClassVar = samples.CLASSES
+
+    def __init__(self, pictures: np.ndarray, masks: np.ndarray) -> None:
+        self._pictures = pictures
+        self._masks = masks
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Image.fromarray(self._pictures[index]), tv_tensors.Mask(self._masks[index])
+
+
+class PublishedPairs(VOCSegmentation):
+    """torchvision's ``VOCSegmentation`` with checked masks, and messages that name an odd file.
+
+    Args:
+        root: folder that holds ``VOCdevkit/VOC2012``.
+        split: ``train`` or ``val``.
+    """
+
+    classes: ClassVar = CLASSES
+
+    def __init__(self, root: Path, split: str) -> None:
+        super().__init__(str(root), YEAR, split)
+
+    def __getitem__(self, index: int) -> Pair:
+        where = self.masks[index]
+        picture, mask = open_rgb(self.images[index]), np.array(open_picture(where))
+        if mask.ndim != 2:
+            raise UnreadableFile(f"the mask {where} must hold class numbers, as a palette picture does")
+        if mask.shape != picture.size[::-1]:
+            raise UnreadableFile(f"the mask {where} is {mask.shape[::-1]}, its picture {picture.size} pixels")
+        unknown = mask[(mask >= len(CLASSES)) & (mask != VOID)]
+        if len(unknown):
+            raise UnreadableFile(
+                f"the mask {where} must hold 0 to {len(CLASSES) - 1}, or {VOID} for void, got {unknown[0]}"
+            )
+        return picture, tv_tensors.Mask(mask)
+
+
+def published_files(root: Path) -> list[Path]:
+    """Lists, pictures and masks of both splits; an error says which folder to give, or what is missing."""
+    lists = [root / DEVKIT / "ImageSets" / "Segmentation" / f"{split}.txt" for split in SPLITS]
+    if not all(file.is_file() for file in lists):
+        raise UserError(_no_devkit(root, lists))
+    names = [name for file in lists for name in file.read_text().split()]
+    files = [root / DEVKIT / "JPEGImages" / f"{name}.jpg" for name in names]
+    files += [root / DEVKIT / "SegmentationClass" / f"{name}.png" for name in names]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(files)} files that {lists[0].parent} names are missing, "
+            f"{missing[0]} for one"
+        )
+    return [*lists, *files]
+
+
+def _no_devkit(root: Path, lists: Sequence[Path]) -> str:
+    expected = f"data_dir must hold {DEVKIT} with JPEGImages, SegmentationClass and ImageSets/Segmentation"
+    here = root.absolute()
+    above = next((path for path in (here.parent, here.parent.parent) if (path / DEVKIT).is_dir()), None)
+    below = [found for depth in ("*", "*/*") for found in sorted(root.glob(f"{depth}/{DEVKIT}"))]
+    if not root.is_dir():
+        return f"{expected}; there is no folder {here}"
+    if (root / DEVKIT).is_dir():
+        missing = [file for file in lists if not file.is_file()]
+        return f"{expected}; missing: {missing[0].absolute()}"
+    if above:
+        return f"{expected}; {here} is a part of it: give data_dir={above}"
+    if below:
+        return f"{expected}; not in {here} but further in: give data_dir={below[0].absolute().parents[1]}"
+    return f"{expected}; {here} has no {DEVKIT}"
+
+
+def download() -> Path:
+    """The folder where VOC2012 is kept, fetched by torchvision if it is not there yet."""
+    root = downloads()
+    if (root / DEVKIT).is_dir():
+        return root
+    try:
+        if not reachable():
+            raise OSError("no network, and no earlier download")
+        root.mkdir(parents=True, exist_ok=True)
+        # Unpacked aside: a folder of that name is a whole one.
+        with tempfile.TemporaryDirectory(dir=root) as aside:
+            VOCSegmentation(aside, YEAR, download=True)
+            os.replace(Path(aside, DEVKIT.parent), root / DEVKIT.parent)
+    except Exception as error:  # network, checksum, archive, disk: torchvision raises as it comes
+        raise UserError(
+            f"cannot get VOC2012: {hub.reason(error)}. Looked at {URL} and in {root}. Ways on: "
+            f"data_dir=<folder that holds {DEVKIT}>, a network, or preset=mini, which draws its own pictures"
+        ) from error
+    return root
+
+
+def downloads() -> Path:
+    """Where VOC2012 is kept once it is downloaded: beside what torch itself fetches."""
+    return Path(torch.hub.get_dir()).parent / "datasets" / "voc2012"
+
+
+def reachable() -> bool:
+    """Whether the server of VOC2012 answers one short request; proxies are taken as usual."""
+    try:
+        request = urllib.request.Request(URL, method="HEAD")
+        urllib.request.urlopen(request, timeout=hub.CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def missing_for_paper(given: Mapping[str, str]) -> str | None:
+    """What the paper preset needs that is neither given, nor here, nor can be fetched; None if nothing is.
+
+    Args:
+        given: settings of the command line.
+    """
+    if "data_dir" in given or (downloads() / DEVKIT).is_dir() or reachable():
+        return None
+    return f"VOC2012 (give data_dir): not at {URL} or in {downloads()}"
+
+
+# Transforms of a picture together with its mask
+
+
+def train_transform(size: int) -> v2.Transform:
+    """Enlarged or shrunk, cropped or padded, mirrored or not."""
+    padding = {Image.Image: GREY, tv_tensors.Mask: VOID}
+    return v2.Compose(
+        [
+            v2.ScaleJitter((size, size), SCALES),
+            v2.RandomCrop((size, size), pad_if_needed=True, fill=padding),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+
+
+def fit(picture: Image.Image, mask: tv_tensors.Mask, size: int) -> Pair:
+    """Shrink to ``size`` what is larger; the rest of the square is void."""
+    scale = size / max(picture.size)
+    if scale < 1:
+        shape = [max(1, round(scale * side)) for side in mask.shape]
+        picture, mask = vf.resize(picture, shape), vf.resize(mask, shape)
+    height, width = mask.shape
+    padding = [0, 0, size - width, size - height]
+    return vf.pad(picture, padding, fill=GREY), vf.pad(mask, padding, fill=VOID)
