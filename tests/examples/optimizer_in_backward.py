@@ -9,7 +9,8 @@ from torch_clip.methods import LayerWiseClip
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
 optimizers = {  # one for each parameter; a norm over all of them cannot be known before the last has stepped
-    param: clip(torch.optim.SGD([param], lr=0.1), LayerWiseClip(threshold=0.1)) for param in model.parameters()
+    param: clip(torch.optim.SGD([param], lr=0.1), LayerWiseClip(threshold=0.1))
+    for param in model.parameters()
 }
 
 
