@@ -52,7 +52,8 @@ def clip(optimizer: OptimizerT, clipping: Transform) -> OptimizerT:
     Raises:
         TypeError: ``optimizer`` is a wrapper without step hooks (attach to the optimizer inside), or
             ``clipping`` is no clipping.
-        ValueError: ``optimizer`` has a clipping already, or a parameter group carries clipping settings.
+        ValueError: ``optimizer`` has a clipping already, a parameter group carries clipping settings, or the
+            clipping's settings do not fit the parameters (names that are not theirs, say).
 
     Note:
         On a device other than the CPU, ``nonfinite="skip"`` needs a fused optimizer to be free of host
@@ -82,6 +83,7 @@ def clip(optimizer: OptimizerT, clipping: Transform) -> OptimizerT:
         _refuse_clipping_keys(group)
     if hasattr(optimizer, "check_clipping"):
         optimizer.check_clipping(clipping)
+    clipping.check(Grads(optimizer.param_groups))
     optimizer.__class__ = _clipped_class(type(optimizer))
     optimizer.clipping = clipping
     _register_hooks(optimizer)

@@ -94,6 +94,9 @@ class Transform(ABC):
         """The threshold of this step, and whether it is to be skipped though the gradient is finite."""
         return math.inf, False
 
+    def check(self, grads: Grads) -> None:  # noqa: B027
+        """Raise ``ValueError`` for parameters that the settings do not fit; asked when attached."""
+
     def observe(self, loss: Tensor | float) -> None:  # noqa: B027
         """Tell the loss of the coming step, one element; only ``SpikeGuard`` asks for it."""
 
@@ -369,6 +372,10 @@ class Clipping(Transform):
         """Whether a fused kernel can do it; a method with a scaling of its own cannot be left to one."""
         own = type(self).apply_ is not Clipping.apply_ or type(self).scale_ is not Transform.scale_
         return isinstance(self.scope, Global) and not own
+
+    def check(self, grads: Grads) -> None:
+        """Raise ``ValueError`` for parameters that the scope cannot tell apart."""
+        self.scope.check(grads)
 
     def look(self, grads: Grads, lengths: Number, moment: Moment) -> tuple[Number, bool | Tensor]:
         """The threshold, or those of the units; nothing is skipped."""

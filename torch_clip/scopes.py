@@ -51,6 +51,9 @@ class Scope(ABC):
     by_tensor: ClassVar[bool] = False
     """Whether it matters how a gradient is divided into tensors."""
 
+    def check(self, grads: Grads) -> None:  # noqa: B027
+        """Raise ``ValueError`` for parameters that the settings do not fit; gradients are not asked for."""
+
     def norms(self, grads: Grads) -> tuple[Tensor, Tensor | None]:
         """Norm of each gradient, and of each unit where that is not the whole: shape (units,).
 
@@ -135,6 +138,9 @@ class _Parts(Scope):
 
     @abstractmethod
     def _make_plan(self, grads: Grads) -> Any: ...
+
+    def check(self, grads: Grads) -> None:
+        self._left_out(grads)
 
     def typical(self, values: Tensor, grads: Grads) -> Tensor:
         """The median of ``values``, shape (units,), over the units that have a gradient; inf if none has."""
@@ -312,6 +318,10 @@ class PerModule(_Sets):
     """
 
     unit = "modules"
+
+    def check(self, grads: Grads) -> None:
+        super().check(grads)
+        self._units(grads)
 
     def _units(self, grads: Grads) -> list[int]:
         names = self._names(grads)

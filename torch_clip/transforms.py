@@ -331,6 +331,10 @@ class UClip(Transform):
         """Whether it matters how a gradient is divided into tensors."""
         return self.scope.by_tensor
 
+    def check(self, grads: Grads) -> None:
+        """Raise ``ValueError`` for parameters that the scope cannot tell apart."""
+        self.scope.check(grads)
+
     def look(self, grads: Grads, lengths: Number, moment: Moment) -> tuple[Number, bool | Tensor]:
         """The threshold; nothing is skipped."""
         return self.threshold.update(lengths, moment), False
@@ -616,6 +620,11 @@ class Chain(Transform):
         """Tell the loss of the coming step, one element."""
         for clipping in self.clippings:
             clipping.observe(loss)
+
+    def check(self, grads: Grads) -> None:
+        """Raise ``ValueError`` for parameters that the settings of any do not fit."""
+        for clipping in self.clippings:
+            clipping.check(grads)
 
     def measure(self, *args: Any, **kwargs: Any) -> Measured:
         """As the first one does."""

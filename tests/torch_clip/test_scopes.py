@@ -290,7 +290,7 @@ def test_modules_are_told_apart_by_names(path):
             [pytest.approx(1.0)] * 4
         )
     for act in (
-        clip(SGD(net.parameters(), lr=0.0), Clipping(PerModule(), Constant(1.0))).step,
+        lambda: clip(SGD(net.parameters(), lr=0.0), Clipping(PerModule(), Constant(1.0))),
         lambda: Clipping(PerModule(), Constant(1.0)).clip_(net.parameters()),
     ):
         give_gradients(net, 1, 100.0)
