@@ -157,6 +157,8 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def layout(channels_last: bool) -> torch.memory_format:
     """How pictures lie in memory, and the weights of a model for them."""
+    if not isinstance(channels_last, bool):
+        raise UserError(f"channels_last must be true or false, got {channels_last!r}")
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

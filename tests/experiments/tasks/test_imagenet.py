@@ -87,6 +87,7 @@ def test_presets_give_the_task_its_settings(name):
             "model.stem must be standard or small, got 'smal'. Did you mean 'small'?",
         ),
         ({"model": {"width": 0}}, "model.width must be a whole number of at least 1, got 0"),
+        ({"channels_last": "yes"}, "channels_last must be true or false, got 'yes'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
         ({"image_size": 8}, "image_size must be a whole number of at least 16, got 8"),

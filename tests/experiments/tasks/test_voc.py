@@ -101,6 +101,7 @@ def test_presets_give_the_task_its_settings(name):
         ({"model": {"encoder": "x"}}, "got 'encoder'. Did you mean 'encoder_name'?"),
         ({"model": {"encoder_depth": 4}}, "model.decoder_channels must be 4 numbers, as model.encoder_depth"),
         ({"model": {**LIGHT, "decoder_channels": [8, 8, "a"]}}, "at least 1, got 'a'"),
+        ({"channels_last": "yes"}, "channels_last must be true or false, got 'yes'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"image_size": 16}, "image_size must be a whole number of at least 32, got 16"),
     ],
