@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 # torch_clip, from the ground up; a module imports only from lines above its own.
 FLOORS = (
     {"scalars"},
-    {"norms", "schedules", "shapes", "tails", "smoothness"},
+    {"norms", "schedules", "shapes", "histories", "tails", "smoothness"},
     {"scopes", "thresholds", "gates"},
     {"clipping"},
-    {"transforms", "attach"},
+    {"chain", "spike_guard", "attach"},
+    {"transforms"},
     {"methods"},
     {"expect", "sstm"},
     {"alone", "attached", "processes"},

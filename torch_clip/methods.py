@@ -1,4 +1,4 @@
-r"""The named methods. Most pick a scope, a threshold, a shape and a gate; the others are of ``transforms``.
+r"""The named methods. Most pick a scope, a threshold, a shape and a gate; the others do more than scale.
 
 A setting that may be a function of the step takes one of ``torch_clip.schedules``.
 
@@ -19,15 +19,9 @@ from torch_clip.gates import RandomGate
 from torch_clip.schedules import Setting, setting
 from torch_clip.scopes import Element, Excluded, Global, PerTensor, PerUnit
 from torch_clip.shapes import normalized, smooth, smooth_sqrt
+from torch_clip.spike_guard import SpikeGuard
 from torch_clip.thresholds import Constant, MovingNorm, Percentile, WeightNorm, ZScore
-from torch_clip.transforms import (
-    AdaClip,
-    AdaGN,
-    SpamClip,
-    SpikeGuard,
-    StableSpamClip,
-    UClip,
-)
+from torch_clip.transforms import AdaClip, AdaGN, SpamClip, StableSpamClip, UClip
 
 
 class NoClip(Clipping):

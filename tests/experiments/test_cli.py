@@ -348,7 +348,7 @@ def test_list_runs_shows_status_and_best_metric(capsys):
 def test_yaml_and_list_of_methods_agree():
     files = {path.stem: yaml.safe_load(path.read_text()) for path in (conf_dir() / "clipping").glob("*.yaml")}
     chain = files.pop("chain")  # of any number of methods, so none of the list
-    assert chain["_target_"] == "torch_clip.transforms.Chain"
+    assert chain["_target_"] == "torch_clip.chain.Chain"
     assert set(files) == set(CLIPPINGS)
     for name, node in files.items():
         assert node["_target_"] == f"torch_clip.methods.{CLIPPINGS[name].__name__}"

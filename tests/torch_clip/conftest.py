@@ -114,3 +114,11 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
                 monkeypatch.setattr(module, "on_host", lambda tensor: False)
 
     return force
+
+
+@pytest.fixture(params=["host", "device"])
+def path(request: pytest.FixtureRequest, device_path: Callable[[], None]) -> str:
+    """The test runs on both paths: of a host that may read, and of a device that it must not wait for."""
+    if request.param == "device":
+        device_path()
+    return request.param

@@ -14,13 +14,6 @@ from torch_clip.methods import AdaGC
 SHAPES = ((7,), (4, 3), (2, 3, 5), ())
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 @pytest.fixture
 def step(parameters):
     """A step of tensors of given norms, None for none: (clipping, norms) -> (norms after, telemetry)."""

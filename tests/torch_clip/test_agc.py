@@ -22,13 +22,6 @@ from torch_clip.thresholds import Constant
 SGD = torch.optim.SGD
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 def seeded(make):
     torch.manual_seed(0)
     return make().double()

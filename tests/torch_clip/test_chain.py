@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from torch_clip import ClippedSGD, ClippedSSTM, Clipping, clip
+from torch_clip.chain import Chain
 from torch_clip.methods import (
     AGC,
     AdaGC,
@@ -31,16 +32,8 @@ from torch_clip.schedules import Linear
 from torch_clip.scopes import Global, PerTensor
 from torch_clip.testing import check
 from torch_clip.thresholds import MovingNorm, Percentile, ZScore
-from torch_clip.transforms import Chain
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
-
-
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
 
 
 def through_file(state):

@@ -43,13 +43,6 @@ CLOSED = {
 }
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 def through_file(state):
     file = io.BytesIO()
     torch.save(state, file)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_clip import CLIPPINGS, Clipping, clip
+from torch_clip.chain import Chain
 from torch_clip.gates import RandomGate
 from torch_clip.methods import AGC, AdaGC, AutoClip, SpamClip, SpikeGuard, StableSpamClip, UClip, ZClip
 from torch_clip.schedules import Linear
@@ -26,16 +27,8 @@ from torch_clip.scopes import Element, Global, PerGroup, PerModule, PerTensor, P
 from torch_clip.shapes import normalized, smooth
 from torch_clip.testing import LAWS, SLOW, check
 from torch_clip.thresholds import Constant, MeanOverRms, MovingNorm, Percentile, WeightNorm, ZScore
-from torch_clip.transforms import Chain
 
 SGD = torch.optim.SGD
-
-
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
 
 
 class Net(nn.Module):

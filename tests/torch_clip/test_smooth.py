@@ -24,13 +24,6 @@ SHAPES = {
 METHODS = {SmoothClip: smooth, SmoothSqrtClip: smooth_sqrt, NormalizedGrad: normalized}
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 def clipped(clipping, params):
     said = clipping.clip_(params)
     return [param.grad.tolist() for param in params], said

@@ -14,13 +14,6 @@ from torch_clip.methods import AdaClip, AdaGN, SpamClip, StableSpamClip
 SHAPES = ((7,), (4, 3), (2, 3, 5), ())
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 def through_file(state):
     file = io.BytesIO()
     torch.save(state, file)

@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from torch_clip import NonFiniteGradientError, clip
+from torch_clip.chain import Chain
 from torch_clip.methods import AutoClip, NormClip, SpikeGuard
-from torch_clip.transforms import Chain, SpikeError
+from torch_clip.spike_guard import SpikeError
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 OPTIMIZERS = [(SGD, {"momentum": 0.9}), (SGD, {"momentum": 0.9, "nesterov": True}), (AdamW, {})]
-
-
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
 
 
 def through_file(state):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from torch_clip import CLIPPINGS, NonFiniteGradientError
+from torch_clip.histories import HostHistory, SortedHistory, WindowHistory
 from torch_clip.methods import AutoClip
-from torch_clip.thresholds import HostHistory, Moment, Percentile, SortedHistory, WindowHistory
+from torch_clip.thresholds import Moment, Percentile
 
 PERCENTILES = [0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]
 

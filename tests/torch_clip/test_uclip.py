@@ -14,13 +14,6 @@ from torch_clip.schedules import Linear
 from torch_clip.scopes import Element, Global, PerGroup, PerModule, PerTensor, PerUnit
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 def through_file(state):
     file = io.BytesIO()
     torch.save(state, file)

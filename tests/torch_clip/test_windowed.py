@@ -15,13 +15,6 @@ from torch_clip.thresholds import Percentile
 WINDOW = 6
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 def through_file(state):
     file = io.BytesIO()
     torch.save(state, file)

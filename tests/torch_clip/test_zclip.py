@@ -12,13 +12,6 @@ from torch_clip import clip
 from torch_clip.methods import ZClip
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request, device_path):
-    if request.param == "device":
-        device_path()
-    return request.param
-
-
 @pytest.fixture
 def step(parameters):
     """A step with a gradient of the given norm: (clipping, norm) -> telemetry; the gradient is checked."""
