@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -15,3 +17,19 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
+
+
+def complain(error: UserError) -> int:
+    """Print the message; return the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes meet the same
+        print(f"clipbench: {error}", file=sys.stderr)
+    return 2
+
+
+def not_installed(error: ModuleNotFoundError) -> UserError:
+    """What to do about a package that is missing; one of our own modules is a defect, and raised."""
+    if error.name is None or error.name.split(".")[0] in ("experiments", "torch_clip"):
+        raise error
+    return UserError(
+        f"this needs {error.name}, which an extra of torch-clip brings: pip install '.[bench]' in the clone"
+    )

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from experiments import cli
+from experiments.commands.run import RUN_HELP
 from experiments.runs import find_runs
 from experiments.tasks.cola import CoLA
 from experiments.training.presets import conf_dir
@@ -70,7 +71,7 @@ def test_without_the_extra_one_line_says_what_to_install():
 def test_examples_in_the_help_work_when_pasted(capsys):
     examples = [
         shlex.split(line.strip().split("   ")[0])[1:]
-        for text in (cli.HELP, cli.RUN_HELP)
+        for text in (cli.HELP, RUN_HELP)
         for line in text.splitlines()
         if line.startswith("  clipbench") and "--help" not in line
     ]
