@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from experiments.errors import UserError
+from experiments.tasks.needs import Need
 
 Batch = dict[str, Tensor]
 """What a loader gives and ``Task.forward`` takes; the runner moves its tensors to the model's device."""
@@ -33,8 +34,10 @@ class TrainLoader(Protocol):
     """Batches of one epoch, in an order drawn from (seed, epoch) alone, so that resuming can repeat it.
 
     May have ``skip(batches)``: leave out so many at the start of the next iteration, without reading them.
-    Without it, resuming reads them again. May have ``split(rank, world)``: give one of ``world`` equal parts
-    of every batch. Without it, processes that train together all compute the whole of it.
+    Without it, resuming reads them again. May have ``split(rank, world)``: give one of ``world`` parts of
+    every batch, over which the mean of their losses is the loss of the batch: equal parts, or ``mean_over``
+    in each, which says by what to divide the sum of its examples' losses. Without it, processes that train
+    together all compute the whole batch.
     """
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,6 +63,10 @@ class Task(ABC):
 
     def input_files(self) -> list[Path]:
         """Local files that change the numbers, data and weights: fingerprinted into the run's identity."""
+        return []
+
+    def needs(self) -> list[Need]:
+        """Data and weights that ``load`` and ``build_model`` read and the task does not bring."""
         return []
 
     @abstractmethod

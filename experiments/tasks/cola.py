@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from experiments.errors import UserError, nearest
+from experiments.tasks import needs
 from experiments.tasks.base import Batch, EpochLoader, Output, Task, as_is
-from experiments.tasks.hub import Checkpoint, looked_at, reachable, reason
+from experiments.tasks.frozen import Head, freeze_body
+from experiments.tasks.hub import Checkpoint, address
 from experiments.tasks.metrics import accuracy, confusion_matrix, matthews_corrcoef
+from experiments.tasks.needs import NOT_FETCHED, Need, in_folder, reason
 from experiments.tasks.samples import cola as samples
+from experiments.tasks.sentences import EncodedSentences, FirstTokens
 
 SOURCES = ("embedded", "hub")
-HUB_DATA, PAPER_MODEL = "nyu-mll/glue", "bert-base-uncased"
+SPLITS = ("published", "holdout")
+BODIES = ("trained", "frozen", "cached")
+HUB_DATA = "nyu-mll/glue"
 MODEL_KEYS = ("name_or_path", "config")
-TRAIN_FILE = "in_domain_train.tsv"
-FILES = (TRAIN_FILE, "in_domain_dev.tsv", "out_of_domain_dev.tsv")
+FILES = ("raw/in_domain_train.tsv", "raw/in_domain_dev.tsv", "raw/out_of_domain_dev.tsv")
 COLUMNS = "4 tab-separated columns: source, label (0 or 1), mark, sentence"
 NUM_CLASSES = 2
 EVAL_BATCH_SIZE = 256
+HOLDOUT_SHARE, HOLDOUT_SEED = 0.1, 49
 
 Split = tuple[list[str], list[int]]
 """Sentences, and their labels: 1 acceptable, 0 not."""
@@ -36,12 +44,19 @@ class CoLA(Task):
 
     A constant answer scores 0, however unbalanced the classes are.
 
+    With ``split="holdout", body="frozen"`` it is the task of arXiv 2106.05958, which reports the accuracy.
+
     Args:
         model: ``name_or_path`` of a checkpoint, whose tokenizer is used too: a local folder or a name on the
             hub. Or None there, and ``config`` with the BertConfig fields of a model built from scratch, whose
             vocabulary is the words of the training split.
         data_dir: folder that holds ``raw/*.tsv`` as published. Replaces ``source`` and changes nothing else.
         source: ``embedded`` for generated sentences, ``hub`` for CoLA itself.
+        split: ``published`` to evaluate on both dev sets together, ``holdout`` to evaluate on a tenth of the
+            training sentences, as ``hold_out`` takes it, and train on the others.
+        body: ``trained``; ``frozen``, where only pooler and classifier train; or ``cached``, the same with
+            what a BERT's body says of each sentence computed once before, so that a step takes a fraction of
+            the time. A cached body has no dropout, a frozen one has it in training, as in the paper.
         batch_size: sentences in a training batch.
         max_length: tokens kept of a sentence, the two special ones included.
         num_train: embedded sentences to train on.
@@ -56,15 +71,22 @@ class CoLA(Task):
         model: Mapping[str, Any],
         data_dir: str | None = None,
         source: str = "embedded",
+        split: str = "published",
+        body: str = "trained",
         batch_size: int = 64,
         max_length: int = 64,
         num_train: int = 30_000,
         num_val: int = 2_000,
     ) -> None:
-        if source not in SOURCES:
-            raise UserError(
-                f"source must be {' or '.join(SOURCES)}, got {source!r}.{nearest(str(source), SOURCES)}"
-            )
+        for name, choice, choices in (
+            ("source", source, SOURCES),
+            ("split", split, SPLITS),
+            ("body", body, BODIES),
+        ):
+            if choice not in choices:
+                raise UserError(
+                    f"{name} must be {' or '.join(choices)}, got {choice!r}.{nearest(str(choice), choices)}"
+                )
         if not isinstance(model, Mapping):
             raise UserError(
                 f"model takes {' and '.join(MODEL_KEYS)}, got {model!r}; a path goes to model.name_or_path"
@@ -90,6 +112,8 @@ class CoLA(Task):
         self._encoder = Checkpoint(str(name_or_path)) if name_or_path else WordBert(config)
         self._data_dir = None if data_dir is None else Path(str(data_dir)).expanduser()
         self._source = source
+        self._split = split
+        self._body = body
         self._batch_size = batch_size
         self._max_length = max_length
         self._num_train = num_train
@@ -99,21 +123,38 @@ class CoLA(Task):
         data = [] if self._data_dir is None else published_files(self._data_dir)
         return [*data, *self._encoder.files()]
 
+    def needs(self) -> list[Need]:
+        data = self._data()
+        return [*([] if data is None else [data]), *self._encoder.needs()]
+
     def load(self) -> None:
         train, val = self._sentences()
+        if self._split == "holdout":
+            train, val = hold_out(train)
         self._encoder.load(train[0])
         if self._max_length > self._encoder.longest:
             raise UserError(
                 f"max_length must be at most {self._encoder.longest}, the positions that the model has, "
                 f"got {self._max_length}"
             )
-        self._train_set, self._val_set = (
+        self._encoded = [
             EncodedSentences(self._encoder.encode(sentences, self._max_length), labels, self._encoder.pad_id)
             for sentences, labels in (train, val)
-        )
+        ]
+        self._train_set, self._val_set = self._encoded
 
     def build_model(self) -> nn.Module:
-        return self._encoder.build(NUM_CLASSES)
+        """A new model; where its body is cached, its head, for loaders made from then on."""
+        model = self._encoder.build(NUM_CLASSES)
+        if self._body == "frozen":
+            freeze_body(model)
+        if self._body != "cached":
+            return model
+        head = Head(model)
+        self._train_set, self._val_set = (
+            FirstTokens(model.base_model, sentences) for sentences in self._encoded
+        )
+        return head
 
     def train_loader(self, seed: int) -> EpochLoader:
         return EpochLoader(self._train_set, self._batch_size, seed, collate_fn=as_is)
@@ -123,8 +164,8 @@ class CoLA(Task):
         return DataLoader(self._val_set, batch_sampler=sampler, collate_fn=as_is)
 
     def forward(self, model: nn.Module, batch: Batch) -> Output:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         labels = batch["labels"]
+        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         tally = confusion_matrix(logits.argmax(-1), labels, NUM_CLASSES)
         return Output(F.cross_entropy(logits, labels), len(labels), tally)
 
@@ -133,12 +174,17 @@ class CoLA(Task):
 
     def _sentences(self) -> tuple[Split, Split]:
         """Training and evaluation split."""
+        data = self._data()
+        if data is None:
+            train, val = samples.generate(self._num_train, self._num_val)
+            return _as_split(train), _as_split(val)
+        data.get()
+        return read_kept() if self._data_dir is None else read_published(self._data_dir)
+
+    def _data(self) -> Need | None:
         if self._data_dir is not None:
-            return read_published(self._data_dir)
-        if self._source == "hub":
-            return fetch_from_hub()
-        train, val = samples.generate(self._num_train, self._num_val)
-        return _as_split(train), _as_split(val)
+            return in_folder("CoLA", self._data_dir, published_files)
+        return download() if self._source == "hub" else None
 
 
 class WordBert:
@@ -156,6 +202,9 @@ class WordBert:
         self._fields = dict(config)
 
     def files(self) -> list[Path]:
+        return []
+
+    def needs(self) -> list[Need]:
         return []
 
     def load(self, sentences: Sequence[str]) -> None:
@@ -195,50 +244,27 @@ class WordBert:
         return self.token.findall(sentence.lower())
 
 
-class EncodedSentences(Dataset):
-    """Tokens of all sentences in one tensor; a batch is cut out of it, as long as its longest sentence."""
+def hold_out(sentences: Split) -> tuple[Split, Split]:
+    """Split off a tenth at random, always the same rows: those that arXiv 2106.05958 evaluates on.
 
-    def __init__(self, encoded: Sequence[Sequence[int]], labels: Sequence[int], pad_id: int) -> None:
-        self._lengths = torch.tensor([len(tokens) for tokens in encoded])
-        self._labels = torch.tensor(labels)
-        self._places = torch.arange(int(self._lengths.max()))
-        self._tokens = torch.full((len(encoded), len(self._places)), pad_id)
-        self._tokens[self._places < self._lengths[:, None]] = torch.tensor(
-            [t for tokens in encoded for t in tokens]
-        )
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        index = torch.tensor(indices)
-        lengths = self._lengths[index]
-        longest = int(lengths.max())
-        return {
-            "input_ids": self._tokens[index, :longest],
-            "attention_mask": (self._places[:longest] < lengths[:, None]).long(),
-            "labels": self._labels[index],
-        }
+    They are those of scikit-learn's ``train_test_split(test_size=0.1, random_state=49)``. A sentence that
+    stands in CoLA twice may lie in both parts, as it did there.
+    """
+    texts, labels = sentences
+    num_val = math.ceil(HOLDOUT_SHARE * len(texts))
+    if num_val == len(texts):
+        raise UserError(f"split=holdout needs at least 2 training sentences, got {len(texts)}")
+    # NumPy's frozen generator, as scikit-learn uses it.
+    order = np.random.RandomState(HOLDOUT_SEED).permutation(len(texts))
+    train, val = (
+        ([texts[i] for i in rows], [labels[i] for i in rows]) for rows in (order[num_val:], order[:num_val])
+    )
+    return train, val
 
 
 def published_files(data_dir: Path) -> list[Path]:
     """The three files under ``data_dir/raw``, training split first; an error says which folder to give."""
-    files = [data_dir / "raw" / name for name in FILES]
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing:
-        return files
-    expected = f"data_dir must hold raw/ with {', '.join(FILES)}"
-    inside = [data_dir] if (data_dir / TRAIN_FILE).is_file() else []
-    below = [found for depth in ("*", "*/*") for found in sorted(data_dir.glob(f"{depth}/raw/{TRAIN_FILE}"))]
-    if not data_dir.is_dir():
-        found = f"there is no folder {data_dir.absolute()}"
-    elif inside:
-        found = f"{data_dir.absolute()} is that folder raw itself: give data_dir={data_dir.absolute().parent}"
-    elif below:
-        found = f"not in {data_dir.absolute()} but further in: give data_dir={below[0].absolute().parents[1]}"
-    else:
-        found = f"missing in {data_dir.absolute() / 'raw'}: {', '.join(missing)}"
-    raise UserError(f"{expected}; {found}")
+    return needs.published_files(data_dir, FILES, ", ".join(FILES))
 
 
 def read_published(data_dir: Path) -> tuple[Split, Split]:
@@ -270,46 +296,45 @@ def _read_tsv(path: Path) -> Split:
     return sentences, labels
 
 
-def fetch_from_hub() -> tuple[Split, Split]:
-    """CoLA by the usual loader; its validation split is both published dev files together."""
+def download() -> Need:
+    """CoLA by the usual loader, which keeps it."""
     import datasets
 
-    offline = datasets.config.HF_HUB_OFFLINE
-    online = reachable()
     try:
-        # Offline mode looks in the cache alone; the loader would retry for half a minute before it does.
-        datasets.config.HF_HUB_OFFLINE = not online
-        loaded = datasets.load_dataset(HUB_DATA, "cola")
-    except Exception as error:  # network, cache, disk: the library raises a dozen unrelated types
-        why = reason(error) if online else "no network, and no earlier download"
-        raise UserError(
-            f"cannot get CoLA ({HUB_DATA}): {why}. Looked in {looked_at()}. Ways on: "
-            "data_dir=<folder that holds raw/ with the published .tsv files>, a network, or preset=mini, "
-            "which brings its own sentences"
-        ) from error
+        _kept()
+        problem = None
+    except Exception:  # the library raises a dozen unrelated types where it has kept nothing
+        problem = NOT_FETCHED
+    return Need(
+        "CoLA",
+        Path(datasets.config.HF_DATASETS_CACHE),
+        problem,
+        source=address(f"datasets/{HUB_DATA}"),
+        fetch=lambda: datasets.load_dataset(HUB_DATA, "cola"),
+        give=f"data_dir=<folder that holds {', '.join(FILES)}>",
+    )
+
+
+def _kept() -> Mapping[str, Any]:
+    """CoLA as the loader has kept it: the network is not asked, and nothing said about that."""
+    import datasets
+
+    offline, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
+    try:
+        datasets.config.HF_HUB_OFFLINE = True
+        datasets.logging.set_verbosity_error()
+        return datasets.load_dataset(HUB_DATA, "cola")
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+        datasets.logging.set_verbosity(verbosity)
+
+
+def read_kept() -> tuple[Split, Split]:
+    """CoLA as the loader has kept it; its validation split is both published dev files together."""
+    loaded = _kept()
     train, val = loaded["train"], loaded["validation"]
     return (list(train["sentence"]), list(train["label"])), (list(val["sentence"]), list(val["label"]))
 
 
 def _as_split(sentences: Sequence[samples.Sentence]) -> Split:
     return [sentence.text for sentence in sentences], [sentence.label for sentence in sentences]
-
-
-def missing_for_paper(given: Mapping[str, str]) -> str | None:
-    """What the paper preset needs that is neither given, nor here, nor can be fetched; None if nothing is.
-
-    Args:
-        given: settings of the command line.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    if reachable():
-        return None
-    missing = []
-    if "task.model.name_or_path" not in given and not try_to_load_from_cache(PAPER_MODEL, "config.json"):
-        missing.append(f"{PAPER_MODEL} (give task.model.name_or_path)")
-    if "data_dir" not in given and not try_to_load_from_cache(HUB_DATA, "README.md", repo_type="dataset"):
-        missing.append("CoLA (give data_dir)")
-    return f"{' and '.join(missing)}: not in {looked_at()}" if missing else None

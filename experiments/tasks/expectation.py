@@ -144,7 +144,3 @@ NOISES: Mapping[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "weibull": weibull,
     "burr": burr,
 }
-
-
-def missing_for_paper(given: Mapping[str, str]) -> None:
-    """Nothing: the paper preset needs no data."""

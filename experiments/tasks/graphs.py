@@ -137,6 +137,39 @@ def sample(graph: Graph, nodes: Tensor, fan_outs: Sequence[int], generator: torc
     }
 
 
+def part(batch: Batch, rank: int, world: int) -> Batch:
+    """What one of ``world`` processes needs of a batch: its share of the nodes, and what reaches them.
+
+    Args:
+        batch: as of ``sample``.
+        rank: of the process.
+        world: processes; the last ones may have a node less.
+
+    Returns:
+        A batch of the same kind, in which every node keeps the neighbours that it drew. ``mean_over``: what
+        to divide the sum of its losses by, so that their mean over the processes is that of the batch.
+    """
+    nodes, labels = torch.cat([batch["inner"], batch["outer"]]), batch["labels"]
+    picked = [torch.arange(len(labels), device=nodes.device)[rank::world]]
+    position = nodes.new_full((len(nodes),), -1)
+    position[picked[0]] = torch.arange(len(picked[0]), device=nodes.device)
+    edges = []
+    for reaching in (batch["edges_2"], batch["edges_1"]):
+        kept = reaching[:, position[reaching[1]] >= 0]
+        new = kept[0][position[kept[0]] < 0].unique()
+        position[new] = sum(map(len, picked)) + torch.arange(len(new), device=nodes.device)
+        picked.append(new)
+        edges.append(position[kept])
+    return {
+        "inner": nodes[torch.cat(picked[:2])],
+        "outer": nodes[picked[2]],
+        "edges_1": edges[1],
+        "edges_2": edges[0],
+        "labels": labels[picked[0]],
+        "mean_over": labels.new_full((), len(labels) / world, dtype=torch.float32),
+    }
+
+
 class SampleLoader:
     """Mini-batches of sampled neighbourhoods, on the graph's device; each from (seed, epoch, batch) alone.
 
@@ -160,6 +193,7 @@ class SampleLoader:
         self._seed = seed
         self._epoch = 0
         self._start = 0
+        self._rank, self._world = 0, 1
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is, counted from 0."""
@@ -170,6 +204,10 @@ class SampleLoader:
         """Leave out so many batches at the start of the next iteration; after ``set_epoch``."""
         self._start = batches
 
+    def split(self, rank: int, world: int) -> None:
+        """Give one of ``world`` parts of every batch from now on; each process draws the whole of it."""
+        self._rank, self._world = rank, world
+
     def __len__(self) -> int:
         return -(-len(self._nodes) // self._batch_size)
 
@@ -177,7 +215,10 @@ class SampleLoader:
         generator = epoch_generator(self._seed, self._epoch)
         order = self._nodes[torch.randperm(len(self._nodes), generator=generator)]
         keys = torch.randint(2**62, (len(self),), generator=generator).tolist()
-        return self._batches(order[self._start * self._batch_size :], keys[self._start :])
+        batches = self._batches(order[self._start * self._batch_size :], keys[self._start :])
+        if self._world == 1:
+            return batches
+        return (part(batch, self._rank, self._world) for batch in batches)
 
     def _batches(self, order: Tensor, keys: list[int]) -> Iterator[Batch]:
         """Batches of the nodes in ``order``, each drawn from its key."""

@@ -4,47 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
 from experiments.errors import UserError
+from experiments.tasks.needs import NOT_FETCHED, Need, in_folder, reason
 
-CONNECT_SECONDS = 5.0
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+KEPT_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+KEPT_WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # What else lies in a model's folder (read-me files, optimizer states) changes no number.
 MODEL_FILES = (*WEIGHTS, "*.json", "*.model", "vocab.txt", "merges.txt")
 
 
-def reachable() -> bool:
-    """Whether the hub answers one short request: its own clients retry for half a minute before they give up.
+def kept(repo: str, *names: str, revision: str | None = None) -> Path | None:
+    """Where the hub's cache has a model's file of one of these names; None where it has none."""
+    from huggingface_hub import try_to_load_from_cache
 
-    False in the hub's offline mode. Proxies and another endpoint are taken from the environment as usual.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    # Whatever goes wrong on the way (name, route, proxy, certificate, offline mode) means the same here.
-    with suppress(Exception):
-        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
-        return True
-    return False
+    found = (try_to_load_from_cache(repo, name, revision=revision) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
-def looked_at() -> str:
-    """Where the hub's clients look, for messages."""
+def address(repo: str) -> str:
+    """Of a model or data set on the hub."""
     from huggingface_hub import constants
 
-    offline = " (not asked: HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-    return f"{constants.ENDPOINT}{offline} and the local cache {constants.HF_HOME}"
-
-
-def reason(error: BaseException) -> str:
-    """The first sentence of an error, for messages: the libraries' own run over pages."""
-    sentence = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    # A KeyError says no more than its key.
-    return f"{type(error).__name__} {sentence}" if isinstance(error, KeyError) else sentence
+    return f"{constants.ENDPOINT}/{repo}"
 
 
 class Checkpoint:
@@ -80,17 +67,48 @@ class Checkpoint:
             return []
         return sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file())
 
+    def needs(self) -> list[Need]:
+        """The files, in a folder or on the hub."""
+        return [self._need()]
+
+    def _need(self) -> Need:
+        from huggingface_hub import constants
+
+        name = self.name_or_path
+        if self._is_local():
+            return in_folder(f"the model {name!r}", Path(name).expanduser(), self._check)
+        config, weights = kept(name, "config.json"), kept(name, *KEPT_WEIGHTS)
+        return Need(
+            f"the model {name!r}",
+            weights.parent if weights else Path(constants.HF_HUB_CACHE),
+            # Weights come last, so that with them the tokenizer's files are there too.
+            problem=None if config and weights else NOT_FETCHED,
+            source=address(name),
+            fetch=self._fetch,
+            give="task.model.name_or_path=<folder as save_pretrained writes it>",
+        )
+
+    def _check(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise self._unusable("there is no such folder")
+        if not (folder / "config.json").is_file():
+            raise self._unusable("it has no config.json")
+        if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+            raise self._unusable(f"it has no weights ({' or '.join(WEIGHTS)})")
+
+    def _fetch(self) -> None:
+        self.load(())
+        self.build(num_labels=2)
+
     def load(self, sentences: Sequence[str]) -> None:
         """Read configuration and tokenizer, and look for the weights; the training sentences add nothing."""
         from transformers import AutoConfig, AutoTokenizer
 
-        folder = self.folder()
-        if folder and not (folder / "config.json").is_file():
-            raise self._unusable("it has no config.json")
-        if folder and not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-            raise self._unusable(f"it has no weights ({' or '.join(WEIGHTS)})")
-        self._source = str(folder or self.name_or_path)
-        self._options = {"trust_remote_code": False, "local_files_only": bool(folder) or not reachable()}
+        need = self._need()
+        need.check()
+        self._source = str(self.folder() or self.name_or_path)
+        # What was fetched once stays as it is, whatever becomes of it on the hub.
+        self._options = {"trust_remote_code": False, "local_files_only": need.problem is None}
         with self._loading():
             config = AutoConfig.from_pretrained(self._source, **self._options)
             self._tokenizer = AutoTokenizer.from_pretrained(self._source, **self._options)
@@ -164,9 +182,8 @@ class Checkpoint:
                 logging.enable_progress_bar()
 
     def _unusable(self, why: str) -> UserError:
-        where = "" if self._is_local() else f" Looked in {looked_at()}."
         return UserError(
-            f"cannot use the model {self.name_or_path!r}: {why}.{where} task.model.name_or_path takes "
+            f"cannot use the model {self.name_or_path!r}: {why}. task.model.name_or_path takes "
             "a folder as save_pretrained writes it (config.json, weights, tokenizer files) or a model's "
             "name on the hub; preset=mini needs neither"
         )

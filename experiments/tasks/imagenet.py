@@ -19,8 +19,8 @@ from torchvision.models.resnet import BasicBlock, ResNet, resnet18
 from torchvision.transforms import v2
 
 from experiments.errors import UserError, nearest
+from experiments.tasks import needs
 from experiments.tasks.base import Batch, EpochLoader, Output, Task
-from experiments.tasks.hub import reason
 from experiments.tasks.images import (
     Pictures,
     check_at_least,
@@ -32,6 +32,7 @@ from experiments.tasks.images import (
     open_rgb,
     train_batches,
 )
+from experiments.tasks.needs import Need, in_folder, reason
 from experiments.tasks.samples import imagenet as samples
 
 SOURCES = ("embedded", "data_dir")
@@ -114,12 +115,18 @@ class ImageNet(Task):
         lists = [] if self._classes_file is None else [self._classes_file]
         return [*lists, *(Path(path) for folder in self._folders for path, _ in folder.samples)]
 
+    def needs(self) -> list[Need]:
+        if self._data_dir is not None:
+            look = functools.partial(class_names, classes_file=self._classes_file)
+            return [in_folder("ImageNet", self._data_dir, look)]
+        return [Need("ImageNet", None, MISSING)] if self._source == "data_dir" else []
+
     def load(self) -> None:
+        for need in self.needs():
+            need.check()
         if self._data_dir is not None:
             self._train_set, self._val_set = self._folders
             self._num_classes = len(self._train_set.classes)
-        elif self._source == "data_dir":
-            raise UserError(MISSING)
         else:
             train, val = samples.generate(self._num_train, self._num_val)
             self._train_set, self._val_set = EmbeddedPictures(*train), EmbeddedPictures(*val)
@@ -168,15 +175,6 @@ MISSING = (
 )
 
 
-def missing_for_paper(given: Mapping[str, str]) -> str | None:
-    """What the paper preset needs that is neither given, nor here, nor can be fetched; None if nothing is.
-
-    Args:
-        given: settings of the command line.
-    """
-    return None if "data_dir" in given else "ImageNet-100, which cannot be fetched (give data_dir)"
-
-
 # Data
 
 
@@ -209,13 +207,6 @@ class ClassFolders(ImageFolder):
 
     def __init__(self, root: Path, classes: Sequence[str]) -> None:
         self._chosen = list(classes)
-        there = folders_in(root)
-        missing = [name for name in classes if name not in there]
-        if missing:
-            raise UserError(
-                f"{root.absolute()} lacks {len(missing)} of {len(classes)} class folders, "
-                f"{missing[0]!r} for one.{nearest(missing[0], there)}"
-            )
         try:
             super().__init__(str(root), loader=open_rgb)
         except FileNotFoundError as error:
@@ -226,47 +217,42 @@ class ClassFolders(ImageFolder):
 
 
 def class_names(data_dir: Path, classes_file: Path | None) -> list[str]:
-    """Names of the class folders to read; errors say which folder to give, or what the file lacks."""
-    for split in SPLITS:
-        if not (data_dir / split).is_dir():
-            raise UserError(_no_split(data_dir, split))
-        if not folders_in(data_dir / split):
+    """Names of the class folders to read; errors say which folder to give, or what is missing there."""
+    expected = "train/ and val/, in each a folder of pictures for each class"
+    there = {split: folders_in(split) for split in needs.published_files(data_dir, SPLITS, expected)}
+    for split, folders in there.items():
+        if not folders:
             raise UserError(
-                f"{(data_dir / split).absolute()} must hold a folder of pictures for each class, and "
-                "holds none; pictures that lie there loose must be sorted into folders first"
+                f"{split.absolute()} must hold a folder of pictures for each class, and holds none; pictures "
+                "that lie there loose must be sorted into folders first"
             )
-    if classes_file is None:
-        return sorted(folders_in(data_dir / "train"))
-    try:
-        lines = classes_file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"classes: cannot read {classes_file.absolute()}: {reason(error)}") from error
-    # What follows a name is a description; a name given twice is one class.
-    names = dict.fromkeys(line.split()[0] for line in lines if line.strip())
-    if not names:
-        raise UserError(
-            f"classes: {classes_file.absolute()} must name a class folder in each line, and is empty"
-        )
-    return list(names)
+    names = sorted(there[data_dir / "train"]) if classes_file is None else named_in(classes_file)
+    for split, folders in there.items():
+        missing = [name for name in names if name not in folders]
+        if missing:
+            raise UserError(
+                f"{split.absolute()} lacks {len(missing)} of {len(names)} class folders, "
+                f"{missing[0]!r} for one.{nearest(missing[0], folders)}"
+            )
+    return names
 
 
 def folders_in(path: Path) -> set[str]:
-    """Names of the folders in a folder."""
-    return {entry.name for entry in os.scandir(path) if entry.is_dir()}
+    """Names of the folders in a folder; none where it is a file."""
+    return {entry.name for entry in os.scandir(path) if entry.is_dir()} if path.is_dir() else set()
 
 
-def _no_split(data_dir: Path, missing: str) -> str:
-    expected = "data_dir must hold train/ and val/, in each a folder of pictures for each class"
-    if not data_dir.is_dir():
-        return f"{expected}; there is no folder {data_dir.absolute()}"
-    below = [found for depth in ("*", "*/*") for found in sorted(data_dir.glob(f"{depth}/train"))]
-    if data_dir.absolute().name in SPLITS and all((data_dir.parent / split).is_dir() for split in SPLITS):
-        above = data_dir.absolute().parent
-        return f"{expected}; {data_dir.absolute()} is one of the two: give data_dir={above}"
-    if below:
-        inside = below[0].absolute().parent
-        return f"{expected}; not in {data_dir.absolute()} but further in: give data_dir={inside}"
-    return f"{expected}; {data_dir.absolute()} has no {missing}/"
+def named_in(file: Path) -> list[str]:
+    """Names of classes, one in each line."""
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"classes: cannot read {file.absolute()}: {reason(error)}") from error
+    # What follows a name is a description; a name given twice is one class.
+    names = dict.fromkeys(line.split()[0] for line in lines if line.strip())
+    if not names:
+        raise UserError(f"classes: {file.absolute()} must name a class folder in each line, and is empty")
+    return list(names)
 
 
 def train_transform(size: int, min_crop: float) -> v2.Transform:

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from experiments.errors import UserError, nearest
 from experiments.tasks.base import Batch, EpochLoader, as_is
-from experiments.tasks.hub import reason
+from experiments.tasks.needs import reason
 
 # Of ImageNet, in [0, 1] for red, green and blue: what pretrained encoders were trained with.
 MEAN = (0.485, 0.456, 0.406)
@@ -27,11 +27,6 @@ DEVIATION = (0.229, 0.224, 0.225)
 
 class UnreadableFile(UserError):
     """A file of a data set that cannot be used; the message names it."""
-
-    def __init__(self, message: str) -> None:
-        # A worker process hands an error on inside a traceback of its own, whose last line is the message.
-        last_line = message.strip().splitlines()[-1]
-        super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
 def open_picture(path: str | Path) -> Image.Image:

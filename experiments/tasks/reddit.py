@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.errors import UserError, nearest
+from experiments.tasks import needs
 from experiments.tasks.base import Batch, Output, Task, TrainLoader
 from experiments.tasks.graphs import ALL, Graph, PygLoader, SampleLoader, torch_geometric
-from experiments.tasks.hub import CONNECT_SECONDS, reason
 from experiments.tasks.metrics import accuracy, confusion_matrix
+from experiments.tasks.needs import NOT_FETCHED, Need, fetch_whole, in_folder, reason
 from experiments.tasks.samples import reddit as samples
 from experiments.tasks.samples.reddit import TEST, TRAIN, VAL, GraphSample
 
@@ -26,7 +24,7 @@ SOURCES = ("embedded", "download")
 SAMPLERS = ("torch", "pyg")
 AGGREGATIONS = ("mean", "add")
 MODEL_KEYS = ("aggr", "hidden", "dropout")
-FILES = ("reddit_data.npz", "reddit_graph.npz")
+FILES = ("raw/reddit_data.npz", "raw/reddit_graph.npz")
 URL = "https://data.dgl.ai/dataset/reddit.zip"  # where PyG has it from
 NUM_LAYERS = 2
 
@@ -109,6 +107,11 @@ class Reddit(Task):
     def input_files(self) -> list[Path]:
         return [] if self._data_dir is None else published_files(self._data_dir)
 
+    def needs(self) -> list[Need]:
+        if self._data_dir is not None:
+            return [in_folder("Reddit", self._data_dir, published_files)]
+        return [download()] if self._source == "download" else []
+
     def load(self) -> None:
         if self._sampler == "pyg":
             check_pyg_sampler()
@@ -125,7 +128,11 @@ class Reddit(Task):
         return loader(self._graph, self._train_nodes, self._batch_size, self._fan_out, seed)
 
     def forward(self, model: GraphConvNet, batch: Batch) -> Output:
-        return self._output(model(batch), batch["labels"])
+        logits, labels = model(batch), batch["labels"]
+        output = self._output(logits, labels)
+        if "mean_over" not in batch:
+            return output
+        return output._replace(loss=F.cross_entropy(logits, labels, reduction="sum") / batch["mean_over"])
 
     def metrics(self, tally: Tensor) -> dict[str, float]:
         return {"accuracy": accuracy(tally)}
@@ -142,11 +149,11 @@ class Reddit(Task):
         return Output(F.cross_entropy(logits, labels), len(labels), tally)
 
     def _data(self) -> GraphSample:
-        if self._data_dir is not None:
-            return read_published(self._data_dir)
-        if self._source == "download":
-            return download()
-        return samples.generate(self._num_nodes)
+        if not (needed := self.needs()):
+            return samples.generate(self._num_nodes)
+        (data,) = needed
+        data.get()
+        return read_published(data.place)
 
 
 class GraphConvNet(nn.Module):
@@ -207,31 +214,18 @@ def check_pyg_sampler() -> None:
 
 def published_files(data_dir: Path) -> list[Path]:
     """The two files under ``data_dir/raw``; an error says which folder to give."""
-    files = [data_dir / "raw" / name for name in FILES]
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing:
-        return files
-    below = [found for depth in ("*", "*/*") for found in sorted(data_dir.glob(f"{depth}/raw/{FILES[0]}"))]
-    if not data_dir.is_dir():
-        found = f"there is no folder {data_dir.absolute()}"
-    elif (data_dir / FILES[0]).is_file():
-        found = f"{data_dir.absolute()} is that folder raw itself: give data_dir={data_dir.absolute().parent}"
-    elif below:
-        found = f"not in {data_dir.absolute()} but further in: give data_dir={below[0].absolute().parents[1]}"
-    else:
-        found = f"missing in {data_dir.absolute() / 'raw'}: {', '.join(missing)}"
-    raise UserError(f"data_dir must hold raw/ with {' and '.join(FILES)}; {found}")
+    return needs.published_files(data_dir, FILES, " and ".join(FILES))
 
 
 def read_published(data_dir: Path) -> GraphSample:
     """Reddit as published, or another graph in its layout."""
-    published_files(data_dir)
-    return _read(data_dir.absolute(), _stamp(data_dir))
+    stamp = tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, published_files(data_dir)))
+    return _read(data_dir.absolute(), stamp)
 
 
 @functools.lru_cache(maxsize=1)  # Reddit takes a while, and a sweep asks for it in every run
 def _read(root: Path, stamp: tuple[tuple[int, int], ...]) -> GraphSample:
-    """The graph whose files lie in ``root / "raw"``, where PyG downloads them if they are missing.
+    """The graph whose files lie in ``root / "raw"``.
 
     Args:
         root: folder of the data set.
@@ -279,57 +273,29 @@ def _what_is_wrong(graph: GraphSample) -> str | None:
     return None
 
 
-def download() -> GraphSample:
-    """Reddit from the folder where PyG keeps it, or by PyG from the network."""
-    root = downloads()
-    try:
-        if not _is_there(root) and not reachable():
-            raise UserError("no network, and no earlier download")
-        return _read(root, _stamp(root))
-    except UserError as error:
-        raise UserError(
-            f"cannot get Reddit: {error}. Looked at {URL} and in {root / 'raw'}. Ways on: data_dir=<folder "
-            f"that holds raw/ with {' and '.join(FILES)}>, a network, or preset=mini, which brings its own "
-            "graph"
-        ) from error
+def download() -> Need:
+    """Reddit by PyG, kept where PyG keeps it."""
+    root = Path(torch_geometric().get_home_dir()).expanduser() / "Reddit"
+    found = in_folder("Reddit", root, published_files)
+    return found._replace(
+        problem=found.problem and NOT_FETCHED,
+        source=URL,
+        fetch=lambda: fetch_whole(_fetch, root, "raw"),
+        give=f"data_dir=<folder that holds {' and '.join(FILES)}>",
+    )
 
 
-def downloads() -> Path:
-    """Where PyG keeps Reddit once it is downloaded."""
-    return Path(torch_geometric().get_home_dir()).expanduser() / "Reddit"
+def _fetch(folder: Path) -> None:
+    class Files(torch_geometric().datasets.Reddit):
+        """Downloads, and reads nothing."""
 
+        def _process(self) -> None:
+            pass
 
-def reachable() -> bool:
-    """Whether the server of Reddit's files answers one short request; proxies are taken as usual."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(URL, method="HEAD"), timeout=CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # PyG does not ask for a certificate
-    except OSError:
-        return False
-    return True
+        def load(self, path: str) -> None:
+            pass
 
-
-def missing_for_paper(given: Mapping[str, str]) -> str | None:
-    """What the paper preset needs that is neither given, nor here, nor can be fetched; None if nothing is.
-
-    Args:
-        given: settings of the command line.
-    """
-    if "data_dir" in given or _is_there(downloads()) or reachable():
-        return None
-    return f"Reddit (give data_dir): not at {URL} or in {downloads() / 'raw'}"
-
-
-def _is_there(root: Path) -> bool:
-    return all((root / "raw" / name).is_file() for name in FILES)
-
-
-def _stamp(root: Path) -> tuple[tuple[int, int], ...]:
-    stats = [file.stat() for name in FILES if (file := root / "raw" / name).is_file()]
-    return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
+    Files(str(folder))
 
 
 def _is_whole(value: Any) -> bool:

@@ -72,8 +72,9 @@ class Regression(Task):
 
     def forward(self, model: Linear, batch: Batch) -> Output:
         predictions, distance = model(batch["features"])
-        residuals = predictions - batch["targets"]
-        return Output(residuals.abs().pow(POWER).mean(), len(residuals), distance)
+        losses = (predictions - batch["targets"]).abs().pow(POWER)
+        loss = losses.sum() / batch["mean_over"] if "mean_over" in batch else losses.mean()
+        return Output(loss, len(losses), distance)
 
     def metrics(self, tally: Tensor) -> dict[str, float]:
         distance, batches = tally.tolist()
@@ -120,19 +121,25 @@ class RowLoader:
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
+        self._rank, self._world = 0, 1
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is, counted from 0."""
         self._epoch = epoch
+
+    def split(self, rank: int, world: int) -> None:
+        """Give one of ``world`` parts of every batch from now on; not all need have the same size."""
+        self._rank, self._world = rank, world
 
     def __len__(self) -> int:
         return len(self._targets) // self._batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self._targets), generator=epoch_generator(self._seed, self._epoch))
-        order = order[: len(self) * self._batch_size]
-        features, targets = (rows[order].split(self._batch_size) for rows in (self._features, self._targets))
-        return ({"features": x, "targets": y} for x, y in zip(features, targets, strict=True))
+        order = order[: len(self) * self._batch_size].view(-1, self._batch_size)[:, self._rank :: self._world]
+        batches = zip(self._features[order].unbind(), self._targets[order].unbind(), strict=True)
+        told = {} if self._world == 1 else {"mean_over": torch.tensor(self._batch_size / self._world)}
+        return ({"features": x, "targets": y, **told} for x, y in batches)
 
 
 class Problem(NamedTuple):

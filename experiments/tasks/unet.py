@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from torch import nn
 from experiments.errors import UserError, nearest
 from experiments.tasks import hub
 from experiments.tasks.images import check_at_least
+from experiments.tasks.needs import NOT_FETCHED, Need, reason
+
+SCRATCH = "task.model.encoder_weights=null for an encoder from scratch"
 
 
 class UnetMaker:
@@ -60,38 +64,46 @@ class UnetMaker:
             with torch.device("meta"):
                 self._make(classes=2, weights=None)
         except Exception as error:  # wrong names and depths raise types of smp's and of timm's own
-            raise UserError(f"model makes no U-Net: {hub.reason(error)}") from error
-        if self._weights is not None:
-            pretrained = encoders.get(self._name, {}).get("pretrained_settings", {})
-            if self._weights not in pretrained:
-                choices = ", ".join(["null", *pretrained])
-                raise UserError(
-                    f"model.encoder_weights of {self._name} must be one of {choices}, got {self._weights!r}"
-                )
-            self._check_at_hand(**pretrained[self._weights])
+            raise UserError(f"model makes no U-Net: {reason(error)}") from error
+        for need in self.needs():
+            need.check()
+
+    def needs(self) -> list[Need]:
+        """The pretrained weights, on the hub."""
+        from huggingface_hub import constants
+        from segmentation_models_pytorch.encoders import encoders
+
+        if self._weights is None:
+            return []
+        pretrained = encoders.get(self._name, {}).get("pretrained_settings", {})
+        if self._weights not in pretrained:
+            choices = ", ".join(["null", *pretrained])
+            raise UserError(
+                f"model.encoder_weights of {self._name} must be one of {choices}, got {self._weights!r}"
+            )
+        repo, revision = (pretrained[self._weights][key] for key in ("repo_id", "revision"))
+        weights = hub.kept(repo, "model.safetensors", revision=revision)
+        need = Need(
+            f"the {self._weights} weights of {self._name}",
+            weights.parent if weights else Path(constants.HF_HUB_CACHE),
+            problem=None if weights else NOT_FETCHED,
+            source=hub.address(repo),
+            fetch=lambda: self._make(classes=2, weights=self._weights),
+            give=SCRATCH,
+        )
+        return [need]
 
     def build(self, classes: int) -> nn.Module:
         """The model; what has no pretrained weights is drawn from torch's global generator."""
         try:
             return self._make(classes, self._weights)
         except Exception as error:  # network, cache, damaged files
-            raise self._unusable(hub.reason(error)) from error
+            raise UserError(
+                f"cannot use the {self._weights} weights of {self._name}: {reason(error)}. Ways on: "
+                f"{SCRATCH}, or preset=mini, which needs none"
+            ) from error
 
     def _make(self, classes: int, weights: str | None) -> nn.Module:
         from segmentation_models_pytorch import Unet
 
         return Unet(self._name, self._depth, weights, decoder_channels=self._channels, classes=classes)
-
-    def _check_at_hand(self, repo_id: str, revision: str) -> None:
-        from huggingface_hub import try_to_load_from_cache
-
-        kept = try_to_load_from_cache(repo_id, "model.safetensors", revision=revision)
-        if not kept and not hub.reachable():
-            raise self._unusable("no network, and no earlier download")
-
-    def _unusable(self, why: str) -> UserError:
-        return UserError(
-            f"cannot get the {self._weights} weights of {self._name}: {why}. Looked in "
-            f"{hub.looked_at()}. Ways on: a network, task.model.encoder_weights=null for an encoder from "
-            "scratch, or preset=mini, which needs none"
-        )

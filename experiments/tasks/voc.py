@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +21,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vf
 
 from experiments.errors import UserError
-from experiments.tasks import hub
+from experiments.tasks import needs
 from experiments.tasks.base import Batch, EpochLoader, Output, Task
 from experiments.tasks.images import (
     MEAN,
@@ -42,6 +38,7 @@ from experiments.tasks.images import (
     train_batches,
 )
 from experiments.tasks.metrics import accuracy, confusion_matrix, iou, mean_iou
+from experiments.tasks.needs import NOT_FETCHED, Need, fetch_whole, in_folder
 from experiments.tasks.samples import voc as samples
 from experiments.tasks.unet import UnetMaker
 
@@ -120,15 +117,19 @@ class VOC(Task):
     def input_files(self) -> list[Path]:
         return [] if self._data_dir is None else published_files(self._data_dir)
 
+    def needs(self) -> list[Need]:
+        data = self._data()
+        return [*([] if data is None else [data]), *self._model.needs()]
+
     def load(self) -> None:
         self._model.check(self._image_size)
-        if self._data_dir is None and self._source == "embedded":
+        data = self._data()
+        if data is None:
             train, val = samples.generate(self._num_train, self._num_val)
             self._train_set, self._val_set = EmbeddedPairs(*train), EmbeddedPairs(*val)
         else:
-            root = self._data_dir or download()
-            published_files(root)
-            self._train_set, self._val_set = (PublishedPairs(root, split) for split in SPLITS)
+            data.get()
+            self._train_set, self._val_set = (PublishedPairs(data.place, split) for split in SPLITS)
         self._classes = self._train_set.classes
 
     def build_model(self) -> nn.Module:
@@ -157,6 +158,11 @@ class VOC(Task):
             # A class that is neither shown nor predicted has none.
             **{f"iou/{name}": value for name, value in of_class.items() if not math.isnan(value)},
         }
+
+    def _data(self) -> Need | None:
+        if self._data_dir is not None:
+            return in_folder("VOC2012", self._data_dir, published_files)
+        return download() if self._source == "download" else None
 
 
 # Data
@@ -213,9 +219,11 @@ class PublishedPairs(VOCSegmentation):
 
 def published_files(root: Path) -> list[Path]:
     """Lists, pictures and masks of both splits; an error says which folder to give, or what is missing."""
-    lists = [root / DEVKIT / "ImageSets" / "Segmentation" / f"{split}.txt" for split in SPLITS]
-    if not all(file.is_file() for file in lists):
-        raise UserError(_no_devkit(root, lists))
+    lists = needs.published_files(
+        root,
+        [DEVKIT / "ImageSets" / "Segmentation" / f"{split}.txt" for split in SPLITS],
+        f"{DEVKIT} with JPEGImages, SegmentationClass and ImageSets/Segmentation",
+    )
     names = [name for file in lists for name in file.read_text().split()]
     files = [root / DEVKIT / "JPEGImages" / f"{name}.jpg" for name in names]
     files += [root / DEVKIT / "SegmentationClass" / f"{name}.png" for name in names]
@@ -228,70 +236,25 @@ def published_files(root: Path) -> list[Path]:
     return [*lists, *files]
 
 
-def _no_devkit(root: Path, lists: Sequence[Path]) -> str:
-    expected = f"data_dir must hold {DEVKIT} with JPEGImages, SegmentationClass and ImageSets/Segmentation"
-    here = root.absolute()
-    above = next((path for path in (here.parent, here.parent.parent) if (path / DEVKIT).is_dir()), None)
-    below = [found for depth in ("*", "*/*") for found in sorted(root.glob(f"{depth}/{DEVKIT}"))]
-    if not root.is_dir():
-        return f"{expected}; there is no folder {here}"
-    if (root / DEVKIT).is_dir():
-        missing = [file for file in lists if not file.is_file()]
-        return f"{expected}; missing: {missing[0].absolute()}"
-    if above:
-        return f"{expected}; {here} is a part of it: give data_dir={above}"
-    if below:
-        return f"{expected}; not in {here} but further in: give data_dir={below[0].absolute().parents[1]}"
-    return f"{expected}; {here} has no {DEVKIT}"
-
-
-def download() -> Path:
-    """The folder where VOC2012 is kept, fetched by torchvision if it is not there yet."""
+def download() -> Need:
+    """VOC2012 by torchvision, kept in ``downloads()``."""
     root = downloads()
-    if (root / DEVKIT).is_dir():
-        return root
-    try:
-        if not reachable():
-            raise OSError("no network, and no earlier download")
-        root.mkdir(parents=True, exist_ok=True)
-        # Unpacked aside: a folder of that name is a whole one.
-        with tempfile.TemporaryDirectory(dir=root) as aside:
-            VOCSegmentation(aside, YEAR, download=True)
-            os.replace(Path(aside, DEVKIT.parent), root / DEVKIT.parent)
-    except Exception as error:  # network, checksum, archive, disk: torchvision raises as it comes
-        raise UserError(
-            f"cannot get VOC2012: {hub.reason(error)}. Looked at {URL} and in {root}. Ways on: "
-            f"data_dir=<folder that holds {DEVKIT}>, a network, or preset=mini, which draws its own pictures"
-        ) from error
-    return root
+    found = in_folder("VOC2012", root, published_files)
+    return found._replace(
+        problem=found.problem and NOT_FETCHED,
+        source=URL,
+        fetch=lambda: fetch_whole(_fetch, root, DEVKIT.parts[0]),
+        give=f"data_dir=<folder that holds {DEVKIT}>",
+    )
+
+
+def _fetch(folder: Path) -> None:
+    VOCSegmentation(folder, YEAR, download=True)
 
 
 def downloads() -> Path:
     """Where VOC2012 is kept once it is downloaded: beside what torch itself fetches."""
     return Path(torch.hub.get_dir()).parent / "datasets" / "voc2012"
-
-
-def reachable() -> bool:
-    """Whether the server of VOC2012 answers one short request; proxies are taken as usual."""
-    try:
-        request = urllib.request.Request(URL, method="HEAD")
-        urllib.request.urlopen(request, timeout=hub.CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def missing_for_paper(given: Mapping[str, str]) -> str | None:
-    """What the paper preset needs that is neither given, nor here, nor can be fetched; None if nothing is.
-
-    Args:
-        given: settings of the command line.
-    """
-    if "data_dir" in given or (downloads() / DEVKIT).is_dir() or reachable():
-        return None
-    return f"VOC2012 (give data_dir): not at {URL} or in {downloads()}"
 
 
 # Transforms of a picture together with its mask

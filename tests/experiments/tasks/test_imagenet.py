@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from experiments.errors import UserError
-from experiments.tasks.imagenet import ImageNet, missing_for_paper, narrow_resnet18
+from experiments.tasks.imagenet import ImageNet, narrow_resnet18
 from experiments.tasks.images import normalise, open_rgb
 from experiments.training.presets import conf_dir
 
@@ -110,9 +110,16 @@ def test_without_data_the_message_says_why_and_the_ways_on(name):
         instantiate(preset(name).task).load()
 
 
-def test_paper_needs_a_folder():
-    assert missing_for_paper({"data_dir": "somewhere"}) is None
-    assert missing_for_paper({}) == "ImageNet-100, which cannot be fetched (give data_dir)"
+def test_what_is_needed(data_dir):
+    (need,) = instantiate(preset("paper").task).needs()
+    assert (need.what, need.place, need.fetch) == ("ImageNet", None, None)
+    assert "licence" in need.problem
+    (need,) = instantiate(preset("paper", data_dir=str(data_dir)).task).needs()
+    assert (need.place, need.problem) == (data_dir, None)
+    (data_dir / "val" / WNIDS[1]).rename(data_dir / "elsewhere")
+    (need,) = instantiate(preset("paper", data_dir=str(data_dir)).task).needs()
+    assert f"val lacks 1 of 3 class folders, '{WNIDS[1]}' for one" in need.problem
+    assert instantiate(preset("mini").task).needs() == []
 
 
 # Folders
@@ -190,7 +197,7 @@ def test_missing_parts_are_named(data_dir):
     with pytest.raises(UserError, match=f"val lacks 1 of 3 class folders, '{WNIDS[1]}' for one"):
         small_task(data_dir=str(data_dir))
     (data_dir / "val").rename(data_dir / "validation")
-    with pytest.raises(UserError, match="has no val/"):
+    with pytest.raises(UserError, match=r"missing in .*tiny: val$"):
         small_task(data_dir=str(data_dir))
     save_picture(data_dir / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
     with pytest.raises(UserError, match="holds none; pictures that lie there loose must be sorted"):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import torch_clip
 from experiments.errors import UserError
-from experiments.tasks import reddit
+from experiments.tasks import needs, reddit
 from experiments.tasks.graphs import PygLoader, torch_geometric
 from experiments.tasks.reddit import Reddit
 from torch_clip.methods import NoClip
@@ -244,7 +244,7 @@ def test_only_training_nodes_are_learned_from():
 
 def test_published_files_are_read_as_they_are_and_nothing_is_written(tmp_path, capfd):
     task = small_task(data_dir=str(write(tmp_path)))
-    assert task.input_files() == [tmp_path / "raw" / name for name in reddit.FILES]
+    assert task.input_files() == [tmp_path / name for name in reddit.FILES]
     graph = task._graph
     assert set(zip(graph.sources.tolist(), graph.targets().tolist(), strict=True)) == set(EDGES)
     assert graph.labels.tolist() == LABELS
@@ -336,7 +336,7 @@ def test_a_wrong_folder_is_told_the_right_one(tmp_path):
     with pytest.raises(UserError, match=re.escape(f"there is no folder {tmp_path / 'nowhere'}")):
         Reddit(model={}, data_dir=str(tmp_path / "nowhere")).input_files()
     (root / "raw" / "reddit_graph.npz").unlink()
-    with pytest.raises(UserError, match=r"missing in .*raw: reddit_graph\.npz"):
+    with pytest.raises(UserError, match=r"missing in .*graph: raw/reddit_graph\.npz$"):
         Reddit(model={}, data_dir=str(root)).input_files()
 
 
@@ -359,20 +359,17 @@ def no_network(monkeypatch):
 
 def test_without_network_the_message_says_the_ways_on(pyg_home, no_network, capfd):
     with pytest.raises(
-        UserError, match=r"no network.*data\.dgl\.ai.*Reddit/raw.*data_dir=.*preset=mini"
+        UserError, match=r"no network.*data\.dgl\.ai.*in \S+/Reddit\..*data_dir=.*preset=mini"
     ) as error:
         small_task(source="download")
     assert "\n" not in str(error.value)
     assert list(pyg_home.iterdir()) == []
     assert capfd.readouterr() == ("", "")
-    assert "Reddit (give data_dir)" in reddit.missing_for_paper({})
-    assert reddit.missing_for_paper({"data_dir": "somewhere"}) is None
 
 
 def test_an_earlier_download_is_used(pyg_home, no_network):
     write(pyg_home / "Reddit")
     assert small_task(source="download")._graph.labels.tolist() == LABELS
-    assert reddit.missing_for_paper({}) is None
 
 
 def test_pyg_downloads_where_there_is_a_network(pyg_home, tmp_path, monkeypatch):
@@ -380,42 +377,27 @@ def test_pyg_downloads_where_there_is_a_network(pyg_home, tmp_path, monkeypatch)
     fetched = []
 
     def fetch(self):
-        fetched.append(self.raw_dir)
+        fetched.append(self.url)
         shutil.copytree(prepared / "raw", self.raw_dir, dirs_exist_ok=True)
 
     monkeypatch.setattr(torch_geometric().datasets.Reddit, "download", fetch)
-    monkeypatch.setattr(reddit, "reachable", lambda: True)
-    assert reddit.missing_for_paper({}) is None
-    assert small_task(source="download")._graph.labels.tolist() == LABELS
-    assert fetched == [str(pyg_home / "Reddit" / "raw")]
+    monkeypatch.setattr(needs, "reachable", lambda url: url == reddit.URL)
+    for _ in range(2):
+        assert small_task(source="download")._graph.labels.tolist() == LABELS
+    assert fetched == [reddit.URL]
+    assert {path.name for path in (pyg_home / "Reddit").iterdir()} == {"raw"}
 
 
 def test_a_download_that_breaks_off_says_where(pyg_home, monkeypatch):
     def fetch(self):
+        Path(self.raw_dir, "reddit.zip").write_text("half of it")  # which PyG would take for the whole
         raise urllib.error.URLError("timed out")
 
     monkeypatch.setattr(torch_geometric().datasets.Reddit, "download", fetch)
-    monkeypatch.setattr(reddit, "reachable", lambda: True)
+    monkeypatch.setattr(needs, "reachable", lambda url: True)
     with pytest.raises(UserError, match=r"cannot get Reddit: .*timed out.*Ways on: data_dir="):
         small_task(source="download")
-
-
-@pytest.mark.parametrize(
-    ("outcome", "found"),
-    [
-        (urllib.error.HTTPError("u", 405, "no HEAD", {}, None), True),
-        (urllib.error.URLError(reddit.ssl.SSLCertVerificationError("expired")), True),
-        (urllib.error.URLError("no route"), False),
-        (TimeoutError("slow"), False),
-    ],
-)
-def test_any_answer_of_the_server_is_an_answer(monkeypatch, outcome, found):
-    def urlopen(*args, **options):
-        assert options["timeout"] <= 5
-        raise outcome
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    assert reddit.reachable() is found
+    assert list((pyg_home / "Reddit").iterdir()) == []
 
 
 def test_paper_asks_for_the_file_that_pyg_fetches():

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from experiments.errors import UserError
-from experiments.tasks import hub, voc
+from experiments.tasks import needs, voc
 from experiments.tasks.images import Pictures, drawn_from, normalise
-from experiments.tasks.voc import CLASSES, GREY, VOC, VOID, fit, missing_for_paper, train_transform
+from experiments.tasks.voc import CLASSES, GREY, VOC, VOID, fit, train_transform
 from experiments.training.presets import conf_dir
 
 CPU = torch.device("cpu")
@@ -278,14 +278,14 @@ def test_missing_parts_are_named(data_dir, tmp_path):
     with pytest.raises(UserError, match=r"must hold VOCdevkit/VOC2012 .*there is no folder /no/such"):
         small_task(data_dir="/no/such")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty has no VOCdevkit/VOC2012"):
+    with pytest.raises(UserError, match=r"missing in .*empty: VOCdevkit/VOC2012/"):
         small_task(data_dir=str(tmp_path / "empty"))
     devkit = data_dir / voc.DEVKIT
     (devkit / "SegmentationClass" / "2007_000002.png").unlink()
     with pytest.raises(UserError, match=r"1 of the 6 files .* missing, .*2007_000002\.png for one"):
         small_task(data_dir=str(data_dir))
     (devkit / "ImageSets" / "Segmentation" / "val.txt").unlink()
-    with pytest.raises(UserError, match=r"missing: .*Segmentation/val\.txt"):
+    with pytest.raises(UserError, match=r"missing in .*: VOCdevkit.*Segmentation/val\.txt"):
         small_task(data_dir=str(data_dir))
 
 
@@ -327,7 +327,6 @@ def no_network(monkeypatch):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(hub, "reachable", lambda: False)
 
 
 def test_without_data_and_network_the_message_says_where_it_looked_and_the_ways_on(torch_home, no_network):
@@ -336,10 +335,6 @@ def test_without_data_and_network_the_message_says_where_it_looked_and_the_ways_
         small_task(source="download")
     assert "no network, and no earlier download" in str(caught.value)
     assert not torch_home.exists()
-    told = missing_for_paper({})
-    assert told.startswith("VOC2012 (give data_dir): not at https://")
-    assert str(torch_home) in told
-    assert missing_for_paper({"data_dir": "somewhere"}) is None
 
 
 def test_a_download_is_kept_and_not_asked_for_again(torch_home, no_network, monkeypatch):
@@ -350,14 +345,16 @@ def test_a_download_is_kept_and_not_asked_for_again(torch_home, no_network, monk
         unpacked.append(write_devkit(Path(root)))
 
     monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", unpack)
-    monkeypatch.setattr(voc, "reachable", lambda: True)
-    assert missing_for_paper({}) is None
+    monkeypatch.setattr(needs, "reachable", lambda url: url == voc.URL)
+    (need,) = VOC(model=LIGHT, source="download").needs()
+    assert (need.place, need.problem) == (voc.downloads(), "not fetched yet")
     task = small_task(source="download")
     assert len(list(task.eval_loader())) == 1
     assert task.input_files() == []
-    monkeypatch.setattr(voc, "reachable", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(needs, "reachable", lambda url: pytest.fail("asked again"))
     small_task(source="download")
-    assert missing_for_paper({}) is None
+    (need,) = task.needs()
+    assert (need.place, need.problem) == (voc.downloads(), None)
     assert len(unpacked) == 1
     assert [path.name for path in voc.downloads().iterdir()] == ["VOCdevkit"]
 
@@ -368,7 +365,7 @@ def test_a_failed_download_leaves_nothing_that_looks_whole(torch_home, monkeypat
         raise RuntimeError("File not found or corrupted.")
 
     monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", unpack)
-    monkeypatch.setattr(voc, "reachable", lambda: True)
+    monkeypatch.setattr(needs, "reachable", lambda url: True)
     with pytest.raises(UserError, match="cannot get VOC2012: File not found or corrupted"):
         small_task(source="download")
     assert list(voc.downloads().iterdir()) == []
@@ -403,14 +400,17 @@ def test_weights_are_put_into_the_encoder(no_network, monkeypatch, tmp_path):
     weights["conv1.weight"].fill_(0.25)
     save_file(weights, tmp_path / "model.safetensors")
     monkeypatch.setattr(encoders, "hf_hub_download", fetch)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: "here")
+    here = str(tmp_path / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: here)
     task = small_task(model={"encoder_name": "resnet18", "encoder_weights": "imagenet"})
+    (need,) = task.needs()
+    assert (need.what, need.place) == ("the imagenet weights of resnet18", tmp_path)
     assert asked == []
     model = task.build_model()
     assert ("smp-hub/resnet18.imagenet", "model.safetensors") in asked
     assert (model.encoder.conv1.weight == 0.25).all()
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(UserError, match="cannot get the imagenet weights of resnet18"):
+    with pytest.raises(UserError, match="cannot use the imagenet weights of resnet18"):
         task.build_model()
 
 
