@@ -10,30 +10,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import PercentFormatter
 
-from experiments.runs import Run, write_whole
+from experiments.analysis import style
+from experiments.runs import Run
 
-# Okabe and Ito's palette: told apart with any colour vision.
-TRAIN, VALIDATION, BAD, NORM, SKIPPED = "#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#CC79A7"
-QUIET = "#777777"
+TRAIN, VALIDATION, BAD, NORM, SKIPPED = style.BLUE, style.ORANGE, style.VERMILION, style.SKY, style.PINK
 
 STEP_COLUMNS = ["train/loss", "lr", "grad_norm", "threshold", "clip_coef", "clipped"]
-MAX_EPOCH_LINES = 12
 MAX_MARKED_POINTS = 60
-LOG_FROM_RATIO = 100
-ABOVE_EPOCHS = 14  # points
-TITLE = {"loc": "left", "fontweight": "bold", "fontsize": "medium", "pad": ABOVE_EPOCHS + 2}
-LARGEST = 1e200  # the margins and ticks of an axis that reaches far beyond overflow
 
 
 def draw_curves(run: Run) -> Path:
     """Draw the curves of a run into its folder, and say where."""
     figure = curves_figure(run)
-    with write_whole(run.curves_path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    return run.curves_path
+    return style.save(figure, run.curves_path)
 
 
 def curves_figure(run: Run) -> Figure:
@@ -80,7 +71,7 @@ def curves_figure(run: Run) -> Figure:
 def _draw_loss(axes: Axes, records: pd.DataFrame) -> None:
     steps, values = _finite(records, "train/loss")
     every = np.concatenate([values, _finite(records, "val/loss")[1]])
-    wide = len(every) > 0 and every.min() > 0 and every.max() > LOG_FROM_RATIO * every.min()
+    wide = style.is_wide(every)
     if len(steps) > MAX_MARKED_POINTS:
         # On a log scale a mean follows the largest value, and would rise half a window before a divergence.
         smooth, window = _smooth(steps, values, "median" if wide else "mean")
@@ -91,7 +82,7 @@ def _draw_loss(axes: Axes, records: pd.DataFrame) -> None:
     _plot_validation(axes, records, "val/loss")
     if wide:
         axes.set_yscale("log")
-    axes.set_title("loss", **TITLE)
+    axes.set_title("loss", **style.TITLE)
     axes.set_ylabel("loss (log scale)" if wide else "loss")
 
 
@@ -100,7 +91,7 @@ def _draw_metric(axes: Axes, records: pd.DataFrame, metric: str | None) -> None:
     if len(steps):
         axes.plot(steps, values, color=TRAIN, label="train", **_markers(steps))
     _plot_validation(axes, records, f"val/{metric}")
-    axes.set_title(metric or "metric", **TITLE)
+    axes.set_title(metric or "metric", **style.TITLE)
     axes.set_ylabel(metric or "metric")
 
 
@@ -160,7 +151,7 @@ def _draw_norm(axes: Axes, records: pd.DataFrame, unit: str) -> None:
         )
     if (norms > 0).any():
         axes.set_yscale("log", nonpositive="mask")
-    axes.set_title("gradient norm before clipping", **TITLE)
+    axes.set_title("gradient norm before clipping", **style.TITLE)
     axes.set_ylabel("norm (log scale)" if (norms > 0).any() else "norm")
 
 
@@ -174,46 +165,20 @@ def _draw_share(axes: Axes, records: pd.DataFrame, unit: str) -> None:
         axes.plot(steps, shares, color=BAD, label="each step", **_markers(steps))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title(f"share of {unit} clipped", **TITLE)
+    axes.set_title(f"share of {unit} clipped", **style.TITLE)
     axes.set_ylabel("share")
 
 
 def _finish(axes: Axes, records: pd.DataFrame, diverged_at: float | None) -> None:
     if not axes.lines:
-        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=QUIET)
-    for number, (step, epoch) in enumerate(_epoch_starts(records)):
-        axes.axvline(step, color=QUIET, linestyle="--", linewidth=0.7, alpha=0.6, zorder=0)
-        axes.text(
-            step,
-            1.01,
-            str(epoch) if number else f"epoch {epoch}",
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=QUIET,
-        )
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=style.QUIET)
+    steps, epochs = _finite(records, "epoch")
+    style.mark_epochs(axes, style.epoch_starts(steps, epochs))
     if diverged_at is not None:
         axes.axvline(diverged_at, color=BAD, linewidth=1.5, label="diverged")
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.015)
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    style.tidy(axes)
     if axes.get_legend_handles_labels()[0]:
-        # Above the axes, over the epoch numbers, where no curve can be.
-        above = axes.transAxes + ScaledTranslation(0, ABOVE_EPOCHS / 72, axes.figure.dpi_scale_trans)
-        axes.legend(
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            bbox_transform=above,
-            ncols=5,
-            fontsize="small",
-            columnspacing=1.2,
-            handlelength=1.6,
-            frameon=False,
-            borderaxespad=0,
-        )
+        style.legend_above(axes)
 
 
 def _title(
@@ -256,7 +221,7 @@ def _column(records: pd.DataFrame, column: str) -> np.ndarray:
 def _finite(records: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps and values of a column where it has a value that can be drawn."""
     values = _column(records, column)
-    keep = np.abs(values) < LARGEST  # false for NaN too
+    keep = np.abs(values) < style.LARGEST  # false for NaN too
     return _column(records, "step")[keep], values[keep]
 
 
@@ -279,20 +244,8 @@ def _end_of_finite_loss(records: pd.DataFrame) -> float | None:
 
 def _smooth(steps: np.ndarray, values: np.ndarray, how: str) -> tuple[np.ndarray, str]:
     """Return the centred running mean or median, and what to call it."""
-    window = max(5, len(values) // 30) | 1
-    rolling = pd.Series(values).rolling(window, center=True, min_periods=1)
-    unit = "steps" if (np.diff(steps) == 1).all() else "records"
-    return getattr(rolling, how)().to_numpy(), f"{how} of {window} {unit}"
-
-
-def _epoch_starts(records: pd.DataFrame) -> list[tuple[float, int]]:
-    """Return (step, epoch) where epochs begin, the first left out, thinned to MAX_EPOCH_LINES."""
-    steps, epochs = _finite(records, "epoch")
-    epochs = np.floor(epochs).astype(int)
-    begins = np.flatnonzero(np.diff(epochs) > 0) + 1
-    strides = (digit * 10**power for power in range(18) for digit in (1, 2, 5))
-    every = next(stride for stride in strides if len(begins) <= MAX_EPOCH_LINES * stride)
-    return [(steps[at], int(epochs[at])) for at in begins if epochs[at] % every == 0]
+    window = style.window_for(len(values))
+    return style.smooth(values, window, how), style.window_label(steps, window, how)
 
 
 def _markers(steps: np.ndarray) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""Tables of runs: one row a run, or a grid of medians over seeds."""
+"""Tables of runs: one row a run, or a grid of medians over seeds; and a table written in many ways."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,18 +121,174 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     """Align rows with the same keys under their names: numbers to the right, text to the left."""
     if not rows:
         return "no runs"
+    return _align(list(rows[0]), [[cell(row[key]) for key in row] for row in rows], _numeric(rows, rows[0]))
+
+
+def _numeric(rows: list[dict[str, Any]], keys: Iterable[str]) -> list[bool]:
+    """Say for each key whether all it holds are numbers; gaps do not count."""
+    held = [[row[key] for row in rows if row[key] is not None] for key in keys]
+    return [all(isinstance(value, int | float) for value in values) for values in held]
+
+
+def _align(heads: Sequence[str], lines: list[list[str]], right: Sequence[bool]) -> str:
     columns = []
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        cells = [key, *map(_cell, values)]
-        width = max(map(len, cells))
-        # A column is numeric if all it holds are numbers; gaps do not count.
-        number = all(isinstance(value, int | float) for value in values if value is not None)
-        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in cells])
+    for head, cells, to_the_right in zip(heads, zip(*lines, strict=True), right, strict=True):
+        width = max(map(len, (head, *cells)))
+        pad = str.rjust if to_the_right else str.ljust
+        columns.append([pad(text, width) for text in (head, *cells)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Write a value for people: four digits, ``-`` where there is none."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+Row = dict[str, Any]
+Show = Callable[[Row], str]
+LATEX_ESCAPES = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table, to be written for people (text, Markdown, LaTeX) and for programs (CSV, JSON, Parquet).
+
+    Args:
+        name: of its files.
+        title: above it.
+        rows: one or more, of the same keys: all there is to know. Missing is None; a number may be infinite.
+        columns: heading -> key, or a function of a row that gives a cell. Only people's formats follow them.
+        notes: below it.
+    """
+
+    name: str
+    title: str
+    rows: list[Row]
+    columns: dict[str, str | Show]
+    notes: tuple[str, ...] = ()
+
+    def cells(self) -> list[list[str]]:
+        """The rows as people read them."""
+        shows = self.columns.values()
+        return [[show(row) if callable(show) else cell(row[show]) for show in shows] for row in self.rows]
+
+    def to_the_right(self) -> list[bool]:
+        """Say of each column whether it is aligned so: all but those of text."""
+        keys = [show for show in self.columns.values() if isinstance(show, str)]
+        numeric = dict(zip(keys, _numeric(self.rows, keys), strict=True))
+        return [callable(show) or numeric[show] for show in self.columns.values()]
+
+    def text(self) -> str:
+        """Aligned by spaces, for a terminal."""
+        lines = [self.title, "", _align(list(self.columns), self.cells(), self.to_the_right()), ""]
+        return "\n".join([*lines, *(f"* {note}" for note in self.notes)]).rstrip() + "\n"
+
+    def markdown(self) -> str:
+        """A heading, a table and a list of notes."""
+        rule = ["---:" if right else "---" for right in self.to_the_right()]
+        cells = [[text.replace("|", r"\|") for text in line] for line in (list(self.columns), *self.cells())]
+        cells.insert(1, rule)
+        table = ["| " + " | ".join(line) + " |" for line in cells]
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([f"### {self.title}", "", *table, *notes]) + "\n"
+
+    def latex(self) -> str:
+        """A ``table`` float with booktabs' rules, the title and the notes its caption."""
+        lines = [
+            " & ".join(text.translate(LATEX_ESCAPES) for text in line) + r" \\"
+            for line in (list(self.columns), *self.cells())
+        ]
+        caption = " ".join([f"{self.title}.", *(f"{note}." for note in self.notes)])
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{caption.translate(LATEX_ESCAPES)}}}",
+                rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in self.to_the_right())}}}",
+                r"\toprule",
+                lines[0],
+                r"\midrule",
+                *lines[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+    def csv(self) -> str:
+        """All keys of the rows in full precision, missing left empty."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What goes into JSON, which knows no infinity: that is text there."""
+        rows = [{key: _strict(value) for key, value in row.items()} for row in self.rows]
+        return {"name": self.name, "title": self.title, "rows": rows, "notes": list(self.notes)}
+
+
+def _strict(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(tables: Sequence[Table]) -> str:
+    return json.dumps([table.as_dict() for table in tables], indent=1, allow_nan=False) + "\n"
+
+
+def _csv(tables: Sequence[Table]) -> str:
+    if len(tables) == 1:
+        return tables[0].csv()
+    return "\n".join(f"# {table.name}\n{table.csv()}" for table in tables)
+
+
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
+    "text": lambda tables: "\n".join(table.text() for table in tables),
+    "markdown": lambda tables: "\n".join(table.markdown() for table in tables),
+    "latex": lambda tables: "\n".join(table.latex() for table in tables),
+    "csv": _csv,
+    "json": _json,
+}
+"""Name -> several tables as one text."""
+
+SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex"}
+
+
+def write_tables(
+    folder: Path, name: str, tables: Sequence[Table], for_programs: Sequence[Table] = ()
+) -> list[Path]:
+    """Write tables as one file of each format, and each as a CSV and a Parquet file of its own.
+
+    Args:
+        folder: made if need be.
+        name: with which all files begin.
+        tables: for people and programs.
+        for_programs: too long for people; in JSON, CSV and Parquet only.
+    """
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    every = [*tables, *for_programs]
+    contents = {f"{name}.{suffix}": FORMATS[form](tables).encode() for form, suffix in SUFFIXES.items()}
+    contents[f"{name}.json"] = FORMATS["json"](every).encode()
+    for table in every:
+        contents[f"{name}-{table.name}.csv"] = table.csv().encode()
+        contents[f"{name}-{table.name}.parquet"] = pd.DataFrame(table.rows).to_parquet(index=False)
+    for file_name, content in contents.items():
+        with write_whole(folder / file_name) as file:
+            file.write(content)
+    return [folder / file_name for file_name in contents]

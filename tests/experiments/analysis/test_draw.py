@@ -8,7 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from experiments.analysis.draw import MAX_EPOCH_LINES, curves_figure, draw_curves
+from experiments.analysis.draw import curves_figure, draw_curves
+from experiments.analysis.style import MAX_EPOCH_LINES
 from experiments.runs import Run
 
 STEPS = 200

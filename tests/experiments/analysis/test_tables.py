@@ -1,11 +1,22 @@
 """The listing of runs, and grids of them."""
 
+import csv
 import hashlib
+import json
 import math
 
 import pytest
 
-from experiments.analysis.tables import format_table, grid, markdown_grid, runs_table, write_grid
+from experiments.analysis.tables import (
+    FORMATS,
+    Table,
+    format_table,
+    grid,
+    markdown_grid,
+    runs_table,
+    write_grid,
+    write_tables,
+)
 from experiments.errors import UserError
 from experiments.runs import Run, find_runs
 
@@ -121,3 +132,74 @@ def test_a_grid_has_medians_over_seeds_and_counts_diverged_runs(tmp_path):
     with pytest.raises(UserError, match=r"both of clipping=no_clip, experiment=grid: add what tells"):
         grid(runs, ["clipping"], ["experiment"])
     assert [path.name for path in write_grid(tmp_path / "out", table)] == ["grid.csv", "grid.md"]
+
+
+@pytest.fixture
+def table():
+    rows = [
+        {"name": "a_b & 50%", "value": 0.123456789, "times": math.inf},
+        {"name": "c|d <e> #1 {x} ^~\\$", "value": None, "times": 3},
+    ]
+    return Table(
+        "made",
+        "A_title",
+        rows,
+        {"name": "name", "value": "value", "x": lambda r: f"x {r['times']}"},
+        ("50% so",),
+    )
+
+
+def test_text_of_a_table(table):
+    assert table.text().splitlines() == [
+        "A_title",
+        "",
+        "name                  value      x",
+        "a_b & 50%            0.1235  x inf",
+        "c|d <e> #1 {x} ^~\\$       -    x 3",
+        "",
+        "* 50% so",
+    ]
+
+
+def test_markdown_escapes_what_would_end_a_cell(table):
+    lines = table.markdown().splitlines()
+    assert lines[2:4] == ["| name | value | x |", "| --- | ---: | ---: |"]
+    assert lines[5] == r"| c\|d <e> #1 {x} ^~\$ | - | x 3 |"
+    assert lines[-1] == "- 50% so"
+
+
+def test_latex_escapes_all_that_it_would_not_print(table):
+    text = table.latex()
+    assert r"a\_b \& 50\% & 0.1235 & x inf \\" in text
+    assert (
+        r"c\textbar{}d \textless{}e\textgreater{} \#1 \{x\} "
+        r"\textasciicircum{}\textasciitilde{}\textbackslash{}\$ & - & x 3 \\"
+    ) in text
+    assert r"\caption{A\_title. 50\% so.}" in text
+    assert r"\begin{tabular}{lrr}" in text
+    assert text.count(r"\begin") == text.count(r"\end")
+
+
+def test_programs_get_all_digits_and_every_key(table):
+    rows = list(csv.DictReader(table.csv().splitlines()))
+    assert rows[0] == {"name": "a_b & 50%", "value": "0.123456789", "times": "inf"}
+    assert rows[1]["value"] == ""
+    (content,) = json.loads(FORMATS["json"]([table]), parse_constant=pytest.fail)
+    assert content["rows"][0] == {"name": "a_b & 50%", "value": 0.123456789, "times": "inf"}
+    assert content["rows"][1]["value"] is None
+
+
+def test_several_tables_in_one_text(table):
+    assert FORMATS["csv"]([table]) == table.csv()
+    assert FORMATS["csv"]([table, table]).count("# made\n") == 2
+    for form in ("text", "markdown", "latex"):
+        one, two = FORMATS[form]([table]), FORMATS[form]([table, table])
+        assert two == f"{one}\n{one}"
+
+
+def test_tables_are_written_in_every_format(table, tmp_path):
+    paths = write_tables(tmp_path / "new/out", "all", [table], for_programs=[table])
+    names = {"all.txt", "all.md", "all.tex", "all.json", "all-made.csv", "all-made.parquet"}
+    assert {path.name for path in paths} == names == {path.name for path in (tmp_path / "new/out").iterdir()}
+    assert len(json.loads((tmp_path / "new/out/all.json").read_text())) == 2
+    assert (tmp_path / "new/out/all.txt").read_text() == table.text()

@@ -1,0 +1,325 @@
+"""Published figures: table, pictures and sidecar in one folder, and whether they still are what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import textwrap
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.analysis.figures import base
+from experiments.analysis.figures.base import Kind
+from experiments.analysis.figures.plan import Plan
+from experiments.analysis.marks import styled
+from experiments.analysis.methods import Result
+from experiments.analysis.style import QUIET
+from experiments.errors import UserError
+from experiments.runs import Run, find_runs, write_whole
+
+PICTURES = ("png", "pdf")
+# Without dates and versions, which would make each drawing another file.
+METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+CHARACTERS_PER_INCH, LINE_HEIGHT = 19, 0.15  # of a caption
+TITLE_CHARACTERS = 10  # per inch
+PARTS_OF_A_PATH = 5  # of a run: experiment, task, optimizer and clipping, digest, seed
+# From 3.1 on pandas reads back the number that was written unasked.
+EXACT = {} if pd.__version__ >= "3.1" else {"float_precision": "round_trip"}
+CLOSE = 1e-9
+"""Relative: what another version of NumPy or SciPy may change."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What runs gave for a figure."""
+
+    csv: bytes
+    caption: str
+    runs: dict[str, str]
+    """Path below runs/ -> status and digest of what is in it."""
+    seeds: str
+    codes: list[str]
+    """Versions of the code that made the runs."""
+    unfinished: list[str]
+
+
+def runs_of(plan: Plan, results_dir: Path) -> list[Run]:
+    """The runs of a figure's experiments, before any is selected."""
+    return [run for name in plan.experiments for run in find_runs(results_dir / "runs" / name)]
+
+
+def make(plan: Plan, results: Sequence[Result], others: Sequence[Result]) -> Made:
+    """Make the table of a figure.
+
+    Args:
+        plan: of the figure; says which of the runs it draws.
+        results: runs that came to an end.
+        others: those that did not.
+
+    Raises:
+        UserError: there are none, or they do not belong into one figure.
+    """
+    if not results:
+        raise UserError(f"no finished runs of {' or '.join(plan.experiments)}")
+    wanted = {"experiment": plan.experiments, **plan.runs}
+    results = base.select(results, wanted)
+    unfinished = [
+        f"{result.run.path}: {result.summary['status']}"
+        for result in others
+        if all(base.has(result, path, values) for path, values in wanted.items())
+    ]
+    _refuse_mixtures(results)
+    table = plan.kind.table(results)
+    seeds = seeds_of(results)
+    return Made(
+        csv=table.to_csv(index=False, lineterminator="\n").encode(),
+        caption=_caption(plan, results, seeds, unfinished),
+        runs={path_of(result.run): _content(result) for result in results},
+        seeds=seeds,
+        codes=sorted({result.summary["code"] or "unknown" for result in results}),
+        unfinished=unfinished,
+    )
+
+
+def _refuse_mixtures(results: Sequence[Result]) -> None:
+    for name, value in (
+        ("preset", lambda result: result.names["preset"]),
+        ("device_type", lambda result: result.settings["device_type"]),
+    ):
+        found = sorted({value(result) for result in results})
+        if len(found) > 1:
+            raise UserError(f"runs of {name} {' and '.join(found)} share no figure: select one under runs:")
+
+
+def path_of(run: Run) -> str:
+    """Its path below runs/, wherever that lies."""
+    return "/".join(run.path.absolute().parts[-PARTS_OF_A_PATH:])
+
+
+def _content(result: Result) -> str:
+    """Status, and a digest of all numbers a run gave, times apart."""
+    records = result.run.records()
+    digest = hashlib.sha256()
+    for column in sorted(records):
+        digest.update(column.encode() + records[column].to_numpy(np.float64).tobytes())
+    said = {key: result.summary.get(key) for key in ("metric", "steps", "final", "best", "clip_fraction")}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    return f"{result.summary['status']} {digest.hexdigest()[:16]}"
+
+
+def seeds_of(results: Iterable[Result]) -> str:
+    """How many seeds each setting has, in words."""
+    counts = Counter(result.run.names["digest"] for result in results).values()
+    least, most = min(counts), max(counts)
+    return f"{most} seed{'s' if most > 1 else ''}" if least == most else f"{least} to {most} seeds"
+
+
+def _caption(plan: Plan, results: Sequence[Result], seeds: str, unfinished: Sequence[str]) -> str:
+    """What was run, on which data, how often, where."""
+    tasks = dict.fromkeys(f"{result.names['task']} ({result.names['preset']} preset)" for result in results)
+    data = "generated data" if any(r.settings.get("task.source") == "embedded" for r in results) else ""
+    lost = Counter(filter(None, map(base.lost, results)))
+    parts = [
+        ", ".join(tasks) + (f": {plan.note or data}" if plan.note or data else ""),
+        f"{seeds} each",
+        ", ".join([f"{len(results)} runs", *(f"{count} {status}" for status, count in lost.items())]),
+        *([f"{len(unfinished)} more not finished and not drawn"] if unfinished else []),
+        where_of(results),
+    ]
+    return "; ".join(parts)
+
+
+def where_of(results: Iterable[Result]) -> str:
+    """What the runs were made on, in words."""
+    places = {}
+    for summary in (result.summary for result in results):
+        threads = f", {summary['threads']} thread{'s' if summary['threads'] > 1 else ''}"
+        places[summary["device"] + (threads if summary["device"].startswith("cpu") else "")] = None
+    return " and ".join(places)
+
+
+def render(kind: Kind, csv: bytes, caption: str) -> dict[str, bytes]:
+    """Draw a table: suffix -> the picture. The same bytes whenever the versions are the same."""
+    pictures = {}
+    with styled():
+        figure = kind.draw(read_table(csv))
+        figure.suptitle(textwrap.fill(kind.title, int(figure.get_figwidth() * TITLE_CHARACTERS)))
+        lines = [line for line in (figure.get_label(), caption) if line]
+        if lines:
+            _add_below(figure, lines)
+        for suffix in PICTURES:
+            file = io.BytesIO()
+            figure.savefig(file, format=suffix, metadata=METADATA[suffix])
+            pictures[suffix] = file.getvalue()
+    return pictures
+
+
+def _add_below(figure: Figure, lines: Sequence[str]) -> None:
+    """Make the figure higher by some lines of small text."""
+    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    text = "\n".join(textwrap.fill(line, width) for line in lines)
+    strip = LINE_HEIGHT * (text.count("\n") + 1.5)
+    height = figure.get_figheight() + strip
+    figure.set_figheight(height)
+    figure.get_layout_engine().set(rect=(0, strip / height, 1, 1 - strip / height))
+    figure.text(0.01, 0.25 * LINE_HEIGHT / height, text, va="bottom", size=7, color=QUIET, linespacing=1.4)
+
+
+def read_table(csv: bytes) -> pd.DataFrame:
+    """A table as it was written; text stays text, and only what is empty is missing."""
+    text = dict.fromkeys(base.TEXT, str)
+    table = pd.read_csv(io.BytesIO(csv), dtype=text, keep_default_na=False, na_values=[""], **EXACT)
+    names = [name for name in base.TEXT if name in table]
+    return table.fillna(dict.fromkeys(names, ""))
+
+
+def drawn_with() -> dict[str, str]:
+    """What decides the bytes of a picture once its table is given."""
+    return {
+        "matplotlib": matplotlib.__version__,
+        "freetype": matplotlib.ft2font.__freetype_version__,
+        **{name: importlib.metadata.version(name) for name in ("pillow", "fonttools")},
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        "machine": platform.machine(),
+    }
+
+
+class Published:
+    """The files of a figure in a folder of results.
+
+    Args:
+        plan: of the figure.
+        out: the folder of results, ``results`` in a clone.
+    """
+
+    def __init__(self, plan: Plan, out: Path) -> None:
+        self.plan = plan
+        folder = out / plan.experiment
+        self.paths = {suffix: folder / f"{plan.name}.{suffix}" for suffix in (*PICTURES, "csv", "json")}
+
+    @property
+    def exists(self) -> bool:
+        """Whether any of its files is there."""
+        return any(path.exists() for path in self.paths.values())
+
+    def write(self, made: Made) -> None:
+        """Draw it; the sidecar, which says what the other files are, comes last."""
+        files = {"csv": made.csv, **render(self.plan.kind, made.csv, made.caption)}
+        sidecar = {
+            "command": f"clipbench figures {self.plan.name}",
+            "runs_made_by": [f"clipbench run -m {sweep}" for sweep in self.plan.sweeps],
+            "drawn_as": self.plan.drawn_as,
+            "caption": made.caption,
+            "seeds": made.seeds,
+            "versions": {
+                "python": platform.python_version(),
+                "torch-clip": importlib.metadata.version("torch-clip"),
+                **drawn_with(),
+            },
+            "code": made.codes,
+            "files": {suffix: _sha256(content) for suffix, content in files.items()},
+            "runs": made.runs,
+        }
+        files["json"] = (json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n").encode()
+        self.paths["csv"].parent.mkdir(parents=True, exist_ok=True)
+        for suffix, content in files.items():
+            with write_whole(self.paths[suffix]) as file:
+                file.write(content)
+
+    def sidecar(self) -> dict[str, Any]:
+        """What `write` said of it."""
+        return json.loads(self.paths["json"].read_bytes())
+
+    def problems(self) -> list[str]:
+        """What is wrong with its files, a line each. Without `other_versions` it is drawn again."""
+        missing = [f"{path} is missing" for path in self.paths.values() if not path.exists()]
+        if missing:
+            return missing
+        sidecar = self.sidecar()
+        found = [
+            f"{self.paths[suffix]} is not the file that was drawn: its digest differs from the sidecar's"
+            for suffix, digest in sidecar["files"].items()
+            if _sha256(self.paths[suffix].read_bytes()) != digest
+        ]
+        now = json.loads(json.dumps(self.plan.drawn_as))
+        changed = [key for key, value in now.items() if value != sidecar["drawn_as"][key]]
+        if changed:
+            found.append(
+                f"conf/figure/{self.plan.name}.yaml says another {', '.join(changed)} than was drawn"
+            )
+        elif not self.other_versions():
+            found += self._differences_of_redrawing(sidecar["caption"])
+        return found
+
+    def _differences_of_redrawing(self, caption: str) -> list[str]:
+        try:
+            again = render(self.plan.kind, self.paths["csv"].read_bytes(), caption)
+        except Exception as error:  # the table may hold anything by now
+            return [f"{self.paths['csv']} cannot be drawn: {type(error).__name__}: {error}"]
+        return [
+            f"{self.paths[suffix]} is not what its CSV gives when it is drawn again"
+            for suffix, content in again.items()
+            if self.paths[suffix].read_bytes() != content
+        ]
+
+    def other_versions(self) -> str:
+        """Why its pictures cannot be compared byte by byte here; empty if they can."""
+        then, now = self.sidecar()["versions"], drawn_with()
+        return ", ".join(
+            f"{name} is {now[name]} here and was {then.get(name)}"
+            for name in now
+            if now[name] != then.get(name)
+        )
+
+    def problems_of_runs(self, results_dir: Path) -> list[str]:
+        """What its runs in this folder would change, a line each."""
+        then = self.sidecar()["runs"]
+        try:
+            made = make(self.plan, *base.ended(runs_of(self.plan, results_dir)))
+        except UserError as error:
+            return [f"its {len(then)} runs: {error}"]
+        found = [f"run {path} is missing" for path in then if path not in made.runs]
+        found += [
+            f"run {path} has changed: {then[path]} was drawn, {content} is there"
+            for path, content in made.runs.items()
+            if path in then and then[path] != content
+        ]
+        found += [f"run {path} is there and was not drawn" for path in made.runs if path not in then]
+        difference = first_difference(read_table(self.paths["csv"].read_bytes()), read_table(made.csv))
+        return (
+            [*found, f"{self.paths['csv']} is not what the runs give: {difference}"] if difference else found
+        )
+
+
+def first_difference(then: pd.DataFrame, now: pd.DataFrame) -> str:
+    """Say where two tables differ by more than `CLOSE`; empty if they do not."""
+    if list(then) != list(now):
+        return f"it has the columns {', '.join(then)}, now they are {', '.join(now)}"
+    if len(then) != len(now):
+        return f"it has {len(then)} rows, now there are {len(now)}"
+    for column in then:
+        one, other = then[column], now[column]
+        if pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(other):
+            same = np.isclose(one.to_numpy(float), other.to_numpy(float), rtol=CLOSE, atol=0, equal_nan=True)
+        else:
+            same = (one == other).to_numpy()
+        if not same.all():
+            row = int(np.argmin(same))
+            return f"{column} of row {row + 2} is {one[row]}, now {other[row]}"
+    return ""
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
