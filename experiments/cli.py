@@ -12,14 +12,20 @@ clipbench: train with clipped optimizers, and see what clipping did.
 
   clipbench run task=cola clipping=auto_clip          one run, into results/runs/
   clipbench run -m clipping=norm,auto_clip seed=0,1   a sweep: every combination
+  clipbench sweep status                              how it stands; also resume, retry --failed, prune
+  clipbench prepare task=voc --check                  what is there of its data; without --check, fetch it
   clipbench list clipping                             what there is to choose: task, optimizer, clipping
   clipbench list runs                                 runs so far, with status and best metric
+  clipbench compare --experiment adhoc                which clipping is better, how sure that is, at what cost
   clipbench run --help                                more of run
+  clipbench tails task=quadratic                      is its gradient noise heavy-tailed? at frozen weights
+  clipbench figures                                   every figure of conf/figure from runs; --check, --run
+  clipbench report adhoc                              one page of an experiment: verdicts, figures, settings
   clipbench bench --models resnet18                   what one clipped optimizer step costs
   clipbench check norm                                hold a clipping to the laws; also my_module.MyClip
 """
 
-COMMANDS = ("run", "list", "bench", "check")
+COMMANDS = ("run", "sweep", "prepare", "tails", "list", "compare", "figures", "report", "bench", "check")
 
 
 def main() -> None:
@@ -32,6 +38,8 @@ def _dispatch(argv: list[str]) -> int:
         print(HELP, end="")
         return 0 if argv else 2
     command, *rest = argv
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a _target_ may name a module that lies here
     try:
         if command not in COMMANDS:
             raise UserError(
@@ -45,3 +53,7 @@ def _dispatch(argv: list[str]) -> int:
         return complain(not_installed(error))
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,11 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input. The message names the value, what is allowed or looked for, and the way on."""
 
+    def __init__(self, message: str) -> None:
+        # A data-loader worker hands its error on around the traceback, which ends with the message.
+        kind = type(self)
+        super().__init__(message.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the choice closest to ``name``, or an empty string."""
@@ -28,8 +33,10 @@ def complain(error: UserError) -> int:
 
 def not_installed(error: ModuleNotFoundError) -> UserError:
     """What to do about a package that is missing; one of our own modules is a defect, and raised."""
-    if error.name is None or error.name.split(".")[0] in ("experiments", "torch_clip"):
+    name = (error.name or "experiments").split(".")[0]
+    if name in ("experiments", "torch_clip"):
         raise error
+    extra = "tune" if name == "optuna" else "bench"
     return UserError(
-        f"this needs {error.name}, which an extra of torch-clip brings: pip install '.[bench]' in the clone"
+        f"this needs {error.name}, which an extra of torch-clip brings: pip install '.[{extra}]' in the clone"
     )

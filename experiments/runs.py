@@ -11,7 +11,6 @@ A run folder is written by one process, in this order, while it holds the lock::
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -19,13 +18,13 @@ import os
 import re
 import shutil
 import socket
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from experiments import locks
 from experiments.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 STATUSES = ("running", "ok", "diverged", "oom", "error", "killed", "timeout")
 FINISHED = ("ok", "diverged")
+FAILED = ("oom", "error")
 
 # What fingerprint reads: all of so many bytes, or the ends of so many files.
 READ_WHOLE, SAMPLED_FILES, SAMPLED_BYTES = 256 * 2**20, 256, 512 * 2**10
@@ -47,6 +47,8 @@ NOT_IDENTITY = frozenset(
         *("seed", "experiment", "names"),
     )
 )
+# And so at any depth: how many processes read the data decides neither its order nor what is drawn for it.
+NOT_IDENTITY_ANYWHERE = frozenset(("data_dir", "num_workers"))
 
 
 class RunLocked(UserError):
@@ -60,17 +62,22 @@ def digest(config: dict[str, Any]) -> str:
         config: the resolved config, with `device_type`, `world_size` and `fingerprint` added and local paths
             replaced by fingerprints. Key order does not matter, and 1 is 1.0.
     """
-    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    if "seed" in config and identity.get("clipping", {}).get("seed") == config["seed"]:
-        identity["clipping"] = _without(identity["clipping"], "seed")  # follows the run's seed
-    identity = {"config": _without(identity, "data_dir"), "schema": SCHEMA_VERSION}
-    text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"))
+    content = _canonical({"config": identity(config), "schema": SCHEMA_VERSION})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _without(node: Any, dropped: str) -> Any:
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that changes the numbers of a run, its seed apart."""
+    parts = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    if "seed" in config and parts.get("clipping", {}).get("seed") == config["seed"]:
+        parts["clipping"] = _without(parts["clipping"], {"seed"})  # follows the run's seed
+    return _without(parts, NOT_IDENTITY_ANYWHERE)
+
+
+def _without(node: Any, dropped: Collection[str]) -> Any:
     if isinstance(node, dict):
-        return {key: _without(value, dropped) for key, value in node.items() if key != dropped}
+        return {key: _without(value, dropped) for key, value in node.items() if key not in dropped}
     return [_without(value, dropped) for value in node] if isinstance(node, list | tuple) else node
 
 
@@ -137,26 +144,15 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-_held_locks: set[int] = set()
-
-
-def _close_inherited_locks() -> None:
-    # A forked data loader worker that outlives a killed run would otherwise keep that run "running".
-    for handle in _held_locks:
-        os.close(handle)
-    _held_locks.clear()
-
-
-os.register_at_fork(after_in_child=_close_inherited_locks)
-
-
 class Run:
-    """One run folder: `config.yaml status.json metrics.* summary.json checkpoints/ curves.png`."""
+    """One run folder: config, status, metrics, summary, curves, and `checkpoints/ logs/ report/`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.curves_path = self.path / "curves.png"
         self.checkpoints_dir = self.path / "checkpoints"
+        self.logs_dir = self.path / "logs"
+        self.report_dir = self.path / "report"
         self._config_path = self.path / "config.yaml"
         self._status_path = self.path / "status.json"
         self._lines_path = self.path / "metrics.jsonl"
@@ -178,11 +174,16 @@ class Run:
         seed: int,
     ) -> Run:
         """Say where the run with this identity lies; nothing is created."""
-        parts = [experiment, f"{task}-{preset}", f"{optimizer}-{clipping}", digest, f"seed={seed}"]
-        for part in parts:
-            if not re.fullmatch(r"[\w=+][\w.=+-]*", part):
-                raise UserError(f"A name in a run's path must be letters, digits and _.=+-, got {part!r}.")
-        return cls(Path(results_dir, "runs", *parts))
+        parts = (experiment, f"{task}-{preset}", f"{optimizer}-{clipping}", digest, f"seed={seed}")
+        return cls(Path(results_dir, "runs", *_checked(parts)))
+
+    @classmethod
+    def locate_tails(
+        cls, results_dir: str | Path, *, task: str, preset: str, weights: str, digest: str, seed: int
+    ) -> Run:
+        """Say where the gradient norms measured at these weights lie; nothing is created."""
+        parts = (f"{task}-{preset}", weights, digest, f"seed={seed}")
+        return cls(Path(results_dir, "tails", *_checked(parts)))
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -200,53 +201,40 @@ class Run:
     def status(self) -> dict[str, Any] | None:
         """`{"status": one of STATUSES, "started", "pid", "host", "message", ...}`; None if never started."""
         status = _read_json(self._status_path)
-        if status is None or status["status"] != "running" or self._is_locked():
+        if status is None or status["status"] != "running" or locks.is_held(self._lock_path):
             return status
         # Nobody holds the lock now, but the run may have finished since its status was read.
         status = _read_json(self._status_path)
         return {**status, "status": "killed"} if status and status["status"] == "running" else status
 
-    def _is_locked(self) -> bool:
-        try:
-            handle = os.open(self._lock_path, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+    @property
+    def attempt(self) -> str:
+        """Name of what began with `start`, unlike any other's: 16 hex digits, the same after `resume`."""
+        began = (_read_json(self._status_path) or {}).get("started")
+        return hashlib.sha256(f"{self.names} {began}".encode()).hexdigest()[:16]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run alone, creating its folder; raises `RunLocked` if somebody else has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._acquire(handle)
-        except BaseException:
-            os.close(handle)
-            raise
-        _held_locks.add(handle)
-        try:
-            yield
-        finally:
-            if handle in _held_locks:  # not so in a forked child, which has closed its copy
-                _held_locks.remove(handle)
-                os.close(handle)
-
-    def _acquire(self, handle: int) -> None:
-        # Readers of `status` hold a shared lock for microseconds: try again before calling it taken.
-        for attempt in range(5):
+        with contextlib.ExitStack() as held:
             try:
-                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(locks.hold(self._lock_path))
             except BlockingIOError:
-                time.sleep(0.01 * attempt)
-        owner = _read_json(self._status_path) or {}
-        who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
-        raise RunLocked(f"{self.path} is being run by {who}. Wait for it, or stop it first.")
+                owner = _read_json(self._status_path) or {}
+                who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
+                raise RunLocked(
+                    f"{self.path} is being run by {who}. Wait for it, or stop it first."
+                ) from None
+            yield
+
+    def delete(self) -> None:
+        """Remove the folder, and those above that are empty then; raises `RunLocked` if somebody has it."""
+        with self.lock():
+            shutil.rmtree(self.path)
+        for parent in self.path.parents[:4]:  # those that `locate` has named
+            with contextlib.suppress(OSError):  # not empty
+                parent.rmdir()
 
     def start(self, config: dict[str, Any], **facts: Any) -> None:
         """Begin from nothing: whatever an earlier attempt left here is removed.
@@ -269,8 +257,9 @@ class Run:
         )
         for leftover in (*outputs, *self.path.glob(".*.tmp")):
             leftover.unlink(missing_ok=True)
-        if self.checkpoints_dir.exists():
-            shutil.rmtree(self.checkpoints_dir)
+        for folder in (self.checkpoints_dir, self.logs_dir, self.report_dir):
+            if folder.exists():
+                shutil.rmtree(folder)
         with write_whole(self._config_path) as file:
             file.write(text.encode())
         self._write_running({"started": _now(), **facts})
@@ -336,7 +325,11 @@ class Run:
         """Return the resolved config the run was started with; empty if never started."""
         import yaml
 
-        return yaml.safe_load(self._config_path.read_bytes()) if self._config_path.exists() else {}
+        if not self._config_path.exists():
+            return {}
+        # The same parser in C, ten times as fast, wherever PyYAML was built with it.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return yaml.load(self._config_path.read_bytes(), loader)
 
     def summary(self) -> dict[str, Any]:
         """Return what `finish` was given; empty before that."""
@@ -369,6 +362,40 @@ class Run:
         return content.split(b"\n")[:-1]  # what follows the last newline was cut off by a kill
 
 
+def find_unstarted(root: str | Path) -> list[Run]:
+    """Return the folders at and below a folder that processes made for runs and left before these began."""
+    folders = [
+        folder for folder, _, files in os.walk(root) if ".lock" in files and "status.json" not in files
+    ]
+    return [Run(folder) for folder in sorted(folders) if not locks.is_held(Path(folder, ".lock"))]
+
+
+def _checked(parts: Iterable[str]) -> tuple[str, ...]:
+    for part in (parts := tuple(parts)):
+        if not re.fullmatch(r"[\w=+][\w.=+-]*", part):
+            raise UserError(f"A name in a run's path must be letters, digits and _.=+-, got {part!r}.")
+    return parts
+
+
+def find_checkpoint(path: str | Path) -> tuple[Path, Run]:
+    """Return a checkpoint, and the run that it is of.
+
+    Args:
+        path: of the file; or of its run, whose best checkpoint is taken, or the last where there is no best.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    inside = [Run(path).checkpoint_path(name) for name in ("best", "last")]
+    for file in (path, *inside):
+        if file.is_file():
+            return file, Run(file.absolute().parents[1])
+    if Run(path).status is not None:
+        raise UserError(f"the run {path} has kept no checkpoint; keep=best or keep=last keeps one")
+    raise UserError(f"checkpoint must be a run's folder, or a file in its checkpoints/: there is no {path}")
+
+
 def find_runs(root: str | Path) -> list[Run]:
     """Return the runs at and below a folder, by path, seeds in numerical order."""
     runs = []
@@ -377,6 +404,25 @@ def find_runs(root: str | Path) -> list[Run]:
             runs.append(Run(folder))
             below.clear()
     return sorted(runs, key=_by_path_then_seed)
+
+
+def load_records(runs: Iterable[Run], columns: Sequence[str]) -> pd.DataFrame:
+    """Return these columns of the records of finished runs as one table, `run` their place among ``runs``.
+
+    What a run has not recorded is NaN.
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    types = {**dict.fromkeys(columns, pa.float64()), "run": pa.int64()}
+    tables = [pa.schema(types).empty_table()]
+    for place, run in enumerate(runs):
+        with ParquetFile(run._table_path, memory_map=True) as file:
+            # Files are small: handing them to threads takes longer than reading them.
+            there = [name for name in columns if name in file.schema_arrow.names]
+            table = file.read(there, use_threads=False)
+        tables.append(table.append_column("run", pa.repeat(pa.scalar(place, pa.int64()), len(table))))
+    return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
 
 def _by_path_then_seed(run: Run) -> tuple[tuple[str, ...], list[str | int]]:

@@ -30,10 +30,19 @@ ALLOWED = {
     "torch_clip": set(),
     "experiments.errors": set(),
     "experiments.complaints": {"experiments.errors", "experiments.training.presets"},
-    "experiments.runs": {"experiments.errors"},
+    "experiments.locks": set(),
+    "experiments.runs": {"experiments.errors", "experiments.locks"},
+    "experiments.sweeps": {"experiments.locks", "experiments.runs"},
+    "experiments.trials": {"experiments.runs", "experiments.sweeps"},
     "experiments.tasks": {"experiments.errors", "torch_clip"},
-    "experiments.training": {"experiments.errors", "experiments.runs", "experiments.tasks", "torch_clip"},
-    "experiments.analysis": {"experiments.errors", "experiments.runs", "torch_clip.tails"},
+    "experiments.training": {
+        *("experiments.errors", "experiments.runs", "experiments.sweeps", "experiments.trials"),
+        *("experiments.tasks", "torch_clip"),
+    },
+    "experiments.analysis": {
+        *("experiments.errors", "experiments.runs", "experiments.sweeps", "experiments.trials"),
+        "torch_clip.tails",
+    },
 }
 
 

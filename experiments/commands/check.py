@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from experiments.errors import UserError, nearest
 
 
@@ -49,8 +47,6 @@ def _clipping_class(name: str):
             f"there is no clipping {name!r}; choose one of {', '.join(CLIPPINGS)}, or give my_module.MyClip."
             f"{nearest(name, CLIPPINGS)}"
         )
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

@@ -7,11 +7,12 @@ from pathlib import Path
 from experiments.errors import UserError, nearest
 
 LIST_HELP = """\
-clipbench list task|optimizer|clipping|scheduler|preset|experiment   the options, one line each
-clipbench list runs [--results-dir DIR]                              runs with status and best metric
+clipbench list GROUP     the options, one line each; GROUP is task, optimizer, clipping, scheduler, preset,
+                         logger, experiment or figure
+clipbench list runs      runs with status and best metric
 """
 
-GROUPS = ("task", "optimizer", "clipping", "scheduler", "preset", "experiment")
+GROUPS = ("task", "optimizer", "clipping", "scheduler", "preset", "logger", "experiment", "figure")
 
 
 def main(argv: list[str]) -> int:

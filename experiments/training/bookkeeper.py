@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
-import torch_clip
 from experiments.runs import Run
 from experiments.training.checkpoint import Checkpoints
+from experiments.training.ends import AT_LAST, GOES_ON, End, agreed_end
+from experiments.training.loggers import Logger
 from experiments.training.progress import Progress
-from experiments.training.recorder import Diverged
 from experiments.training.state import State
 from experiments.training.stop import Stop
 from experiments.training.summary import Results
 from experiments.training.train import Moment
-
-GOES_ON = "the same command goes on from there"
-LOWER = "lower task.batch_size and raise accumulate as much, for the same batch a step, or shrink the model"
-# RuntimeError is all that torch raises on a CPU.
-NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 class DiskError(Exception):
@@ -39,6 +31,7 @@ class Bookkeeper:
         state: of the training. Only the first of its processes writes and shows anything.
         results: grow with the records, and are saved too.
         progress: shows them.
+        logger: gets a copy of what is written.
         max_steps: of the run.
         facts: saved in the checkpoints, to compare when one is loaded.
     """
@@ -50,6 +43,7 @@ class Bookkeeper:
         state: State,
         results: Results,
         progress: Progress,
+        logger: Logger,
         max_steps: int,
         facts: dict[str, Any],
     ) -> None:
@@ -58,11 +52,12 @@ class Bookkeeper:
         self._state = state
         self._results = results
         self._progress = progress
+        self._logger = logger
         self._max_steps = max_steps
         self._facts = facts
 
-    def follow(self, moments: Iterable[Moment], stop: Stop) -> tuple[str, str | None]:
-        """Write down all ``moments``; return how that ended, as status and message.
+    def follow(self, moments: Iterable[Moment], stop: Stop) -> End:
+        """Write down all ``moments``; return how that ended.
 
         Raises:
             DiskError: writing failed.
@@ -72,24 +67,20 @@ class Bookkeeper:
                 self.write(moment)
         except DiskError:
             raise
-        except Diverged as diverged:
-            return "diverged", str(diverged)
         except KeyboardInterrupt:
-            stop.signal = signal.SIGINT
-            return "killed", f"interrupted; {GOES_ON.replace('there', 'its last checkpoint')}"
-        except torch_clip.NonFiniteGradientError as error:  # asked for, by nonfinite=error
-            return "error", str(error)
+            return End("killed", f"interrupted; {AT_LAST}", signal.SIGINT)
         except Exception as error:
-            if _is_out_of_memory(error):
-                return "oom", f"{_first_line(error)}; {LOWER}"
-            traceback.print_exc()
-            return "error", f"{type(error).__name__}: {error}"
+            self._progress.close()  # or what is printed would follow its bar
+            return agreed_end(error, self._state.ranks)
         step = self._state.step
         if step == self._max_steps:
-            return "ok", None
+            return End("ok")
         if stop.signal is not None:
-            return "killed", f"stopped by {signal.Signals(stop.signal).name} after step {step}; {GOES_ON}"
-        return "timeout", f"max_seconds were over after step {step}; {GOES_ON}"
+            name = signal.Signals(stop.signal).name
+            return End("killed", f"stopped by {name} after step {step}; {GOES_ON}", stop.signal)
+        if stop.reached(step):
+            return End("killed", f"stopped after step {step}, where its sweep compares trials; {GOES_ON}")
+        return End("timeout", f"max_seconds were over after step {step}; {GOES_ON}")
 
     def write(self, moment: Moment) -> None:
         """Write down one moment."""
@@ -112,6 +103,7 @@ class Bookkeeper:
                 self._checkpoints.save_last(step, content, final=step == self._max_steps)
         if moment.records:
             self._progress.show(moment.records)
+            self._logger.log(moment.records)
 
 
 @contextlib.contextmanager
@@ -121,13 +113,3 @@ def writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskError(f"cannot write the run: {error.strerror or error}") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

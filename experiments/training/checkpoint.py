@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from experiments.errors import UserError
 from experiments.runs import FINISHED, Run
+from experiments.training.ends import lack_of_memory
 
 KEEPS = ("best", "last", "all", "none")
 
@@ -39,14 +42,7 @@ class Checkpoints:
     def load_last(self) -> dict[str, Any] | None:
         """What the last ``save_last`` saved, on the CPU; None if there is none."""
         path = self._place.checkpoint_path("last")
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises one of many
-            raise UserError(
-                f"cannot read the checkpoint {path} ({type(error).__name__}); force=true starts anew"
-            ) from error
+        return _read(path, "force=true starts anew") if path.exists() else None
 
     def tidy(self, status: str) -> None:
         """Remove what is not to be kept of a run that ended as ``status``."""
@@ -56,6 +52,29 @@ class Checkpoints:
     def _write(self, name: str, content: dict[str, Any]) -> None:
         with self._place.write_checkpoint(name) as file:
             save(content, file)
+
+
+def weights_of(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The weights in any checkpoint of a run, on the CPU, and the step that they are of.
+
+    Raises:
+        UserError: the file is damaged, or is no checkpoint.
+    """
+    content = _read(path, "give another one")
+    if isinstance(content, dict) and "step" in content:
+        model = content.get("model") or content.get("state", {}).get("model")
+        if isinstance(model, dict):
+            return model, content["step"]
+    raise UserError(f"{path} is no checkpoint of a run")
+
+
+def _read(path: Path, way_on: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises one of many
+        if lack_of_memory(error) is not None:
+            raise UserError(f"memory has run out reading the checkpoint {path}: free some") from error
+        raise UserError(f"cannot read the checkpoint {path} ({type(error).__name__}); {way_on}") from error
 
 
 def save(content: dict[str, Any], file: BinaryIO) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from experiments.tasks.base import Task, TrainLoader, to_device
+from experiments.training.ends import lack_of_memory
 from experiments.training.precision import Precision
 from experiments.training.state import random_state, set_random_state
 
@@ -40,6 +41,8 @@ def compile_or_say(
         loss.backward()
         return True
     except Exception as error:  # tracing, code generation and the C++ compiler each raise their own
+        if lack_of_memory(error) is not None:  # and would without compiling
+            raise
         model._compiled_call_impl = None  # what compile() has set
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         print(f"clipbench: torch.compile fails, going on without it: {reason}", file=sys.stderr)

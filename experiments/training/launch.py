@@ -22,11 +22,14 @@ from experiments.training.stop import SIGNALS
 GRACE = 10.0
 """Seconds that the others have to end when one has failed, before they are made to."""
 
+NOT_WELL = 1
+"""Exit code of a process that has told why."""
+
 Work = Callable[..., tuple[Any, bool]]
 """Called in each process with its ``Ranks`` first; returns an answer, and whether all is well."""
 
 
-def launch(nproc: int, device_type: str, work: Work, *arguments: Any) -> tuple[Any, int | None]:
+def launch(nproc: int, device_type: str, work: Work, *arguments: Any) -> tuple[dict[int, Any], int | None]:
     """Call ``work`` in ``nproc`` processes of their own that train together.
 
     Args:
@@ -36,10 +39,11 @@ def launch(nproc: int, device_type: str, work: Work, *arguments: Any) -> tuple[A
         arguments: of ``work``, after its ``Ranks``.
 
     Returns:
-        What ``work`` returned in the first process, None if that died; and the signal that came meanwhile.
+        What ``work`` returned, by rank: in the first process, if that did not die, and in those where not all
+        was well; and the signal that came meanwhile.
 
     Raises:
-        UserError: ``work`` raised it in the first process.
+        UserError: ``work`` raised it.
     """
     answers = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, torch.get_num_threads() // nproc)
@@ -52,10 +56,13 @@ def launch(nproc: int, device_type: str, work: Work, *arguments: Any) -> tuple[A
             start_method="spawn",
         )
         heard = _wait(group)
-    answer, complaint = (None, None) if answers.empty() else answers.get()
-    if complaint is not None:
-        raise UserError(complaint)
-    return answer, heard
+    told = {}
+    while not answers.empty():
+        rank, answer, complaint = answers.get()
+        if complaint is not None:
+            raise UserError(complaint)
+        told[rank] = answer
+    return told, heard
 
 
 def _wait(group: multiprocessing.ProcessContext) -> int | None:
@@ -74,7 +81,10 @@ def _wait(group: multiprocessing.ProcessContext) -> int | None:
     try:
         while not group.join(grace_period=GRACE):
             pass
-    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+    except multiprocessing.ProcessExitedException as error:
+        if error.exit_code != NOT_WELL:  # or it has told why
+            print(f"clipbench: {error}", file=sys.stderr)
+    except multiprocessing.ProcessRaisedException as error:
         print(f"clipbench: {error}", file=sys.stderr)
     finally:
         for number, handler in before.items():
@@ -101,7 +111,7 @@ def _process(
             answer, well, complaint = None, False, str(error)
         else:
             complaint = None
-        if ranks.first:
-            answers.put((answer, complaint))
+        if ranks.first or not well:
+            answers.put((rank, answer, complaint))
     if not well:
-        sys.exit(1)  # so that those who still wait for this one are ended
+        sys.exit(NOT_WELL)  # so that those who still wait for this one are ended

@@ -21,6 +21,7 @@ from experiments.training.batches import Batches
 from experiments.training.bookkeeper import Bookkeeper
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.clock import clock_for
+from experiments.training.loggers import Logger
 from experiments.training.precision import Precision
 from experiments.training.presets import conf_dir
 from experiments.training.progress import Progress
@@ -109,7 +110,7 @@ def runner(task: Task, device: torch.device, recorder: Recorder, folder: Path) -
     place, results = Run(folder), Results(task.metric, task.higher_is_better)
     place.start({})
     progress = Progress(FOREVER, task.metric, results, quiet=True)
-    books = Bookkeeper(place, Checkpoints(place, "none"), state, results, progress, FOREVER, {})
+    books = Bookkeeper(place, Checkpoints(place, "none"), state, results, progress, Logger(), FOREVER, {})
     for moment in train(task, state, Budget(FOREVER, FOREVER, STEPS, FOREVER), precision, device=device):
         books.write(moment)
         yield

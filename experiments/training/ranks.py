@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,12 +28,16 @@ class Ranks:
         rank: of this process; the first is 0, which alone reads and writes the run's folder.
         world: processes.
         device: of this process.
+        store: where the processes met; None for one alone.
     """
 
-    def __init__(self, rank: int, world: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, world: int, device: torch.device, store: torch.distributed.Store | None = None
+    ) -> None:
         self.rank = rank
         self.world = world
         self.device = device
+        self._store = store
 
     @property
     def alone(self) -> bool:
@@ -109,6 +114,18 @@ class Ranks:
             raise UserError(told[1])
         return told[0]
 
+    def first_told(self, message: Any) -> tuple[int, Any]:
+        """Rank and message of the process that called this first; none is waited for, and one may be gone.
+
+        Args:
+            message: numbers, strings, lists of them.
+        """
+        told = json.dumps([self.rank, message])
+        if self._store is not None:
+            told = self._store.compare_set("first told", "", told)
+        rank, message = json.loads(told)
+        return rank, message
+
     def _reduced(self, x: Tensor, operation: Any) -> Tensor:
         x = x.clone()
         torch.distributed.all_reduce(x, operation)
@@ -130,13 +147,15 @@ def joined(device_type: str, store: torch.distributed.Store | None = None, **pla
         store: where they meet; None where torchrun's environment says it, with ``place``.
         place: ``rank`` and ``world_size``.
     """
+    if store is None:
+        store, place["rank"], place["world_size"] = next(torch.distributed.rendezvous("env://"))
     device = torch.device(device_type)
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.get("rank", 0))))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place["rank"])))
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, timeout=PATIENCE, **place)
     try:
-        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+        yield Ranks(place["rank"], place["world_size"], device, store)
     finally:
         torch.distributed.destroy_process_group()

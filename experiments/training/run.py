@@ -1,42 +1,40 @@
-"""From a config to a finished run folder. Joins the parts; the only place that instantiates."""
+"""From a config to a finished run folder. Joins the parts; the only place that constructs them."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import torch_clip
 from experiments import runs
 from experiments.errors import UserError
 from experiments.runs import Run
-from experiments.tasks.base import Task, TrainLoader
+from experiments.tasks.base import TrainLoader
 from experiments.training import settings
 from experiments.training.batches import Batches
-from experiments.training.bookkeeper import GOES_ON, Bookkeeper, DiskError, writing
+from experiments.training.bookkeeper import Bookkeeper, DiskError, writing
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.clock import clock_for
 from experiments.training.compiled import compile_or_say
+from experiments.training.construct import construct
+from experiments.training.ends import GOES_ON, End, attempt
+from experiments.training.job import Job, job_of
 from experiments.training.launch import launch
+from experiments.training.loggers import Dispensable, Logger
 from experiments.training.precision import Precision
 from experiments.training.progress import Progress
 from experiments.training.ranks import Ranks, joined, world_of_torchrun
 from experiments.training.recorder import Recorder
 from experiments.training.state import State, seed_everything
 from experiments.training.stop import Stop
-from experiments.training.summary import Results, code_version, cost, headline, versions
+from experiments.training.summary import Results, cost, headline, versions
 from experiments.training.train import train
-
-CHOICES = ("task", "preset", "optimizer", "clipping", "scheduler", "experiment")
+from experiments.training.version import code_version
 
 
 class Outcome(NamedTuple):
@@ -48,26 +46,18 @@ class Outcome(NamedTuple):
     fresh: bool
     """Whether it was trained just now."""
     signal: int | None = None
-    """What ended it, if anything did."""
+    """What ended it, if a signal did."""
+    summary: dict[str, Any] | None = None
+    """Of a run that was trained just now."""
 
 
-class Job(NamedTuple):
-    """A run to be: checked, but nothing of it is read or built."""
-
-    cfg: DictConfig
-    config: dict[str, Any]
-    """``cfg``, resolved, with all that the run's identity needs."""
-    task: Task
-    device: torch.device
-    place: Run
-
-
-def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
+def run(cfg: DictConfig, choices: dict[str, str], until: int | None = None) -> Outcome:
     """Train what ``cfg`` describes, or go on with it, unless that is done already.
 
     Args:
         cfg: composed from conf/run.yaml.
-        choices: name of the option chosen for each group of ``CHOICES``.
+        choices: name of the option chosen for each group of ``job.CHOICES``.
+        until: step at which to stop, so that it can go on later; None for the end.
 
     Raises:
         UserError: the input is bad; no run folder was made.
@@ -82,123 +72,149 @@ def run(cfg: DictConfig, choices: dict[str, str]) -> Outcome:
             )
         device = settings.device(config["device"], world)
         with joined(device.type) as ranks:
-            return _work(ranks, config, choices)[0]
+            return _work(ranks, config, choices, until)[0]
     if config["nproc"] == 1:
-        return _work(Ranks(0, 1, settings.device(config["device"], 1)), config, choices)[0]
+        return _work(Ranks(0, 1, settings.device(config["device"], 1)), config, choices, until)[0]
     job = _job(config, choices, config["nproc"])
     if done := _already(job.place, config["force"]):
         return done
-    outcome, heard = launch(config["nproc"], job.device.type, _work, config, choices)
-    if outcome is None:
-        status = job.place.status or {"status": "error"}
-        outcome = Outcome(job.place, status["status"], f"its first process died; {GOES_ON}", fresh=True)
+    told, heard = launch(config["nproc"], job.device.type, _work, config, choices, until)
+    outcome = told[0] if 0 in told else _without_first(job.place, list(told.values()))
     return outcome._replace(signal=heard or outcome.signal)
 
 
 def _job(config: dict[str, Any], choices: dict[str, str], world: int) -> Job:
-    device = settings.device(config["device"], world)
-    cfg = OmegaConf.create(config)
-    task: Task = _construct(cfg.task, "task")
-    if config["data_dir"] is not None and "data_dir" not in config["task"]:
-        raise UserError(
-            f"task {choices['task']} has no data that data_dir={config['data_dir']} could replace"
-        )
-    names = {name: choices[name] for name in CHOICES} | {"preset": Path(choices["preset"]).name}
-    frozen = {**config, "names": names, "device_type": device.type, "world_size": world}
-    files = task.input_files()
-    frozen["fingerprint"] = runs.fingerprint(files)
-    place = Run.locate(
-        config["results_dir"],
-        **{name: names[name] for name in ("experiment", "task", "preset", "optimizer", "clipping")},
-        digest=runs.digest(_without_paths(frozen, files)),
-        seed=config["seed"],
-    )
-    return Job(cfg, frozen, task, device, place)
+    return job_of(config, choices, settings.device(config["device"], world), world)
 
 
-def _work(ranks: Ranks, config: dict[str, Any], choices: dict[str, str]) -> tuple[Outcome, bool]:
+def _work(
+    ranks: Ranks, config: dict[str, Any], choices: dict[str, str], until: int | None
+) -> tuple[Outcome, bool]:
     """The part of one process in a run; what became of it, and whether all is well."""
-    stop = Stop(config["max_seconds"])
+    stop = Stop(config["max_seconds"], until=until)
     job = _job(config, choices, ranks.world)
     place, task, force = job.place, job.task, config["force"]
     if done := ranks.from_first(lambda: _already(place, force)):
         return done, True
 
-    # Everything that can be wrong with the input shows here, before there is a folder.
-    task.load()
-    precision = Precision(config["precision"], ranks.device)
-    state = _build(job, precision, ranks)
     facts = {"code": code_version(), "threads": torch.get_num_threads()}
-    if config["compile"]:
-        loader = _train_loader(job, ranks)
-        facts["compiled"] = compile_or_say(state.model, task, loader, precision, ranks.device)
+    # Everything that can be wrong with the input shows here, before there is a folder.
+    ready = attempt(lambda: _set_up(job, facts, ranks), ranks)
+    if isinstance(ready, End):
+        return _failed_at_start(job, ready, facts, ranks), False
+    state, precision = ready
     checkpoints = Checkpoints(place, config["keep"])
     results = Results(task.metric, task.higher_is_better)
     with contextlib.ExitStack() as held:
-        done, saved = ranks.from_first(lambda: _begin(job, checkpoints, facts, held))
+        done, saved = ranks.from_first(lambda: _claim(job, checkpoints, held))
         if done:  # by another process, while this one read its data
             return done, True
-        held.enter_context(stop)
         quiet = config["quiet"] or not ranks.first
         if saved is not None:
-            state.load_state_dict(saved["state"])
+            failed = attempt(lambda: state.load_state_dict(saved["state"]), ranks)
+            if failed is not None:
+                return _failed_at_start(job, failed, facts, ranks), False
             results.load_state_dict(saved["results"])
             _say_resumed(saved, facts, quiet)
+        ranks.from_first(lambda: _begin(job, saved, facts))
+        held.enter_context(stop)
         max_steps = config["max_steps"]
         progress = Progress(max_steps, task.metric, results, quiet=quiet)
         held.callback(progress.close)
-        books = Bookkeeper(place, checkpoints, state, results, progress, max_steps, facts)
+        logger = Dispensable(job.logger if ranks.first else Logger())
+        held.callback(logger.close)
+        logger.open(place, job.config, state.step)
+        books = Bookkeeper(place, checkpoints, state, results, progress, logger, max_steps, facts)
         budget = settings.budget(config)
         try:
             moments = train(task, state, budget, precision, device=ranks.device, should_stop=stop)
-            status, message = books.follow(moments, stop)
-            summary = _summary(job, status, state, results, facts, ranks)
+            end = books.follow(moments, stop)
+            summary = _summary(job, end, results, facts, _measured(state, results, ranks))
             if ranks.first:
                 with writing():
-                    place.finish(status, summary, message)
-                    checkpoints.tidy(status)
+                    place.finish(end.status, summary, end.message)
+                    checkpoints.tidy(end.status)
+                logger.finish(summary)
         except DiskError as error:
             # Its status stays "running", which without a lock reads as killed.
-            message = f"{error}; once that is mended, {GOES_ON}"
-            return Outcome(place, "killed", message, fresh=True), False
-    outcome = Outcome(place, status, message or headline(summary), fresh=True, signal=stop.signal)
-    return outcome, status not in ("oom", "error")
+            end = End("killed", f"{error}; once that is mended, {GOES_ON}")
+            ranks.first_told(end)  # before the others miss this process
+            return Outcome(place, end.status, end.message, fresh=True), False
+    # Of several processes the others are sent a signal when one has failed.
+    signal = end.signal or (stop.signal if ranks.alone else None)
+    message = end.message or headline(summary)
+    outcome = Outcome(place, end.status, message, fresh=True, signal=signal, summary=summary)
+    return outcome, end.status not in runs.FAILED
 
 
-def _begin(
-    job: Job, checkpoints: Checkpoints, facts: dict[str, Any], held: contextlib.ExitStack
+def _failed_at_start(job: Job, end: End, facts: dict[str, Any], ranks: Ranks) -> Outcome:
+    """The outcome of a run that came to no step. Its folder says so, unless a better one would be lost."""
+    place, stands = job.place, job.place.status
+    if stands is not None and stands["status"] not in runs.FAILED:
+        return Outcome(place, end.status, f"{end.message}; what it had before is kept", fresh=True)
+    if ranks.first:
+        results = Results(job.task.metric, job.task.higher_is_better)
+        with _writable(), place.lock():
+            place.start(job.config, **facts)
+            place.finish(end.status, _summary(job, end, results, facts, {}), end.message)
+    return Outcome(place, end.status, end.message, fresh=True)
+
+
+def _without_first(place: Run, told: list[Outcome]) -> Outcome:
+    """The outcome of a run whose first process died, of what the others told: one of them may have failed."""
+    status = (place.status or {"status": "error"})["status"]
+    for outcome in told:
+        if status == "killed" and outcome.status in runs.FAILED and outcome.summary is not None:
+            with _writable(), place.lock():
+                place.finish(outcome.status, outcome.summary, outcome.message)
+            return outcome
+    return Outcome(place, status, f"its first process died; {GOES_ON}", fresh=True)
+
+
+def _claim(
+    job: Job, checkpoints: Checkpoints, held: contextlib.ExitStack
 ) -> tuple[Outcome | None, dict[str, Any] | None]:
-    """Lock the run's folder and make it ready: the outcome that stands there, or the checkpoint to load."""
+    """Lock the run's folder: the outcome that stands there, or the checkpoint to go on from, if any."""
     place, force = job.place, job.config["force"]
     with _writable():
         held.enter_context(place.lock())
     if done := _already(place, force):
         return done, None
-    saved = None if force or place.status is None else checkpoints.load_last()
+    return None, None if force or place.status is None else checkpoints.load_last()
+
+
+def _begin(job: Job, saved: dict[str, Any] | None, facts: dict[str, Any]) -> None:
+    """Make the run's folder ready, for a new run or to go on."""
     with _writable():
         if saved is None:
-            place.start(job.config, **facts)
+            job.place.start(job.config, **facts)
         else:
-            place.resume(saved["step"], **facts)
-    return None, saved
+            job.place.resume(saved["step"], **facts)
 
 
 def _summary(
-    job: Job, status: str, state: State, results: Results, facts: dict[str, Any], ranks: Ranks
+    job: Job, end: End, results: Results, facts: dict[str, Any], measured: dict[str, Any]
 ) -> dict[str, Any]:
-    clipping = state.optimizer.clipping
     return {
         **job.config["names"],
-        "status": status,
+        "status": end.status,
         "seed": job.config["seed"],
         "metric": job.task.metric,
         "higher_is_better": job.task.higher_is_better,
         **results.as_dict(),
+        **measured,
+        **facts,
+        "versions": versions(),
+    }
+
+
+def _measured(state: State, results: Results, ranks: Ranks) -> dict[str, Any]:
+    """What the summary says of the steps, beside their results."""
+    clipping = state.optimizer.clipping
+    return {
         "clip_unit": clipping.unit,
         "skipped_steps": clipping.state_dict()["skipped_steps"],
         **cost(state.clock, results.steps, ranks.device),
-        **facts,
-        "versions": versions(),
     }
 
 
@@ -214,10 +230,21 @@ def _already(place: Run, force: bool) -> Outcome | None:
         if code and code != (now := code_version()):
             told += f" (made by code {code}, this is {now}; force=true runs it anew)"
         return Outcome(place, name, told, fresh=False)
-    if name in ("oom", "error"):
+    if name in runs.FAILED:
         message = f"failed before: {status.get('message')}; force=true runs it anew"
         return Outcome(place, name, message, fresh=False)
     return None  # killed, timeout: goes on; running: the lock tells
+
+
+def _set_up(job: Job, facts: dict[str, Any], ranks: Ranks) -> tuple[State, Precision]:
+    """Read the data, and make all that training needs, at step 0."""
+    job.task.load()
+    precision = Precision(job.config["precision"], ranks.device)
+    state = _build(job, precision, ranks)
+    if job.config["compile"]:
+        loader = _train_loader(job, ranks)
+        facts["compiled"] = compile_or_say(state.model, job.task, loader, precision, ranks.device)
+    return state, precision
 
 
 def _build(job: Job, precision: Precision, ranks: Ranks) -> State:
@@ -227,8 +254,8 @@ def _build(job: Job, precision: Precision, ranks: Ranks) -> State:
     model = ranks.prepare(job.task.build_model()).to(ranks.device)
     if not ranks.first:  # or all processes would drop the same units
         seed_everything(config["seed"] + 65_537 * ranks.rank)
-    optimizer = _construct(cfg.optimizer, "optimizer")(params=_trainable(model))
-    clipping = _construct(cfg.clipping, "clipping")
+    optimizer = construct(cfg.optimizer, "optimizer")(params=_trainable(model))
+    clipping = construct(cfg.clipping, "clipping", model)
     scaler = precision.scaler()
     if scaler.is_enabled() and clipping.nonfinite != "skip":
         raise UserError(
@@ -239,7 +266,7 @@ def _build(job: Job, precision: Precision, ranks: Ranks) -> State:
         torch_clip.clip(optimizer, clipping)
     except (TypeError, ValueError) as error:  # some optimizers do not take every clipping
         raise UserError(f"clipping: {error}") from None
-    scheduler = _construct(cfg.scheduler, "scheduler")(optimizer=optimizer)
+    scheduler = construct(cfg.scheduler, "scheduler")(optimizer=optimizer)
     batches = Batches(_train_loader(job, ranks))
     recorder = Recorder(settings.budget(config).log_every, ranks.device)
     clock = clock_for(ranks.device)
@@ -273,52 +300,6 @@ def _writable() -> Iterator[None]:
         raise UserError(f"results_dir: cannot write {error.filename}: {error.strerror}") from None
 
 
-def _construct(node: DictConfig, what: str) -> Any:
-    """Instantiate a config node; what its constructor refuses is the user's to mend."""
-    try:
-        made = instantiate(node)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise cause from None
-        settings = {name: value for name, value in node.items() if not str(name).startswith("_")}
-        raise UserError(f"{what}: {_one_line(cause)}{_given(settings)}") from None
-    return functools.partial(_call, made, what) if isinstance(made, functools.partial) else made
-
-
-def _call(made: functools.partial, what: str, **objects: Any) -> Any:
-    try:
-        return made(**objects)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{what}: {_one_line(error)}{_given(made.keywords)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _given(settings: dict[str, Any]) -> str:
-    told = ", ".join(f"{name}={value}" for name, value in settings.items())
-    return f"; given {told}" if told else ""
-
-
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     # Named, so that messages about a gradient say whose it is.
     return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-
-
-def _without_paths(node: Any, files: list[Path]) -> Any:
-    """``node`` with each path to an input file, or a folder of one, replaced: their content counts."""
-    folders = {Path(folder) for folder in {os.path.dirname(os.path.abspath(file)) for file in files}}
-    inputs = {parent for folder in folders for parent in (folder, *folder.parents)}
-    inputs |= {Path(os.path.abspath(file)) for file in files}
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: walk(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [walk(value) for value in node]
-        is_input = isinstance(node, str) and Path(os.path.abspath(os.path.expanduser(node))) in inputs
-        return "<input>" if is_input else node
-
-    return walk(node)

@@ -17,6 +17,7 @@ LARGEST = 2**31 - 1
 WHOLE_NUMBERS = {
     **dict.fromkeys(("max_steps", "eval_every", "log_every", "checkpoint_every", "accumulate", "nproc"), 1),
     **dict.fromkeys(("seed", "warmup_steps"), 0),
+    "samples": 100,
 }
 """Key -> least value."""
 SWITCHES = ("force", "quiet", "compile")
@@ -24,21 +25,20 @@ CHOICES = {"precision": tuple(DTYPES), "keep": KEEPS}
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise ``UserError`` for a value that is out of its range."""
-    for key, least in WHOLE_NUMBERS.items():
-        value = config[key]
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
-            raise UserError(f"{key} must be a whole number from {least} to {LARGEST}, got {value!r}")
-    for key in SWITCHES:
-        if not isinstance(config[key], bool):
-            raise UserError(f"{key} must be true or false, got {config[key]!r}")
-    for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            value = config[key]
+    """Raise ``UserError`` for a value that is out of its range; the keys are all of these or some."""
+    for key, value in config.items():
+        if key in WHOLE_NUMBERS:
+            least = WHOLE_NUMBERS[key]
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+                raise UserError(f"{key} must be a whole number from {least} to {LARGEST}, got {value!r}")
+        elif key in SWITCHES and not isinstance(value, bool):
+            raise UserError(f"{key} must be true or false, got {value!r}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            choices = CHOICES[key]
             raise UserError(
                 f"{key} must be one of {', '.join(choices)}, got {value!r}.{nearest(str(value), choices)}"
             )
-    seconds = config["max_seconds"]
+    seconds = config.get("max_seconds")
     if seconds is not None and not (
         isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf
     ):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 import resource
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.training.clock import Clock
 from experiments.training.recorder import Record
+
+PACKAGES = {
+    **{name: name for name in ("torch", "numpy", "torchvision", "transformers", "datasets")},
+    "torch_clip": "torch-clip",
+    "hydra": "hydra-core",
+    "torch_geometric": "torch-geometric",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
+"""Module -> the package that brings it."""
 
 
 class Results:
@@ -94,32 +100,18 @@ def cost(clock: Clock, steps: int, device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on; "unknown" of what runs without being installed."""
+    """Versions of what was imported and numbers may depend on; "unknown" of what runs uninstalled."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "hydra-core", "numpy", "torch-clip"):
+    for module, name in PACKAGES.items():
+        if module not in sys.modules:
+            continue
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-@functools.cache
-def code_version() -> str | None:
-    """The git commit this package runs from, marked if edited since; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=False)
-    try:
-        tracked = git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
-        if tracked.returncode:
-            return None
-        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-    except FileNotFoundError:
-        return None
-    return commit + ("+edited" if dirty else "")
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def train(
     precision: Precision,
     *,
     device: torch.device,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Moment]:
     """Train ``state.model`` up to step ``budget.max_steps``.
 
@@ -54,7 +54,7 @@ def train(
         budget: steps.
         precision: of forward and backward.
         device: of the model.
-        should_stop: asked after each step; where it says so, that step is the last.
+        should_stop: asked after each step, whose number it is given; where it says so, that step is the last.
 
     Yields:
         Moments: with the records of the steps every ``budget.log_every`` steps, with that of an evaluation,
@@ -98,7 +98,7 @@ def train(
         saves = last or state.step % budget.checkpoint_every == 0
         looks = evaluates or saves or state.step % budget.log_every == 0
         # Several processes agree only where the host waits for the device anyway.
-        stopping = (looks or ranks.alone) and ranks.any(should_stop())
+        stopping = (looks or ranks.alone) and ranks.any(should_stop(state.step))
         if looks or stopping:
             clock.settle()
             records = state.recorder.flush()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import runs
-from experiments.runs import Run, RunLocked, digest, find_runs, fingerprint, write_whole
+from experiments.runs import Run, RunLocked, digest, find_runs, fingerprint, load_records, write_whole
 
 CONFIG = {
     "seed": 0,
@@ -21,7 +21,7 @@ CONFIG = {
     "log_every": 10,
     "data_dir": None,
     "results_dir": "results",
-    "task": {"_target_": "tasks.Cola", "batch_size": 16, "data_dir": None},
+    "task": {"_target_": "tasks.Cola", "batch_size": 16, "num_workers": 0, "data_dir": None},
     "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "betas": [0.9, 0.99]},
     "clipping": {"_target_": "torch_clip.methods.AutoClip", "percentile": 0.75, "seed": 11},
     "device_type": "cpu",
@@ -56,6 +56,7 @@ class TestDigest:
             ("data_dir", "/elsewhere"),
             ("results_dir", "/elsewhere"),
             ("task.data_dir", "/elsewhere"),
+            ("task.num_workers", 8),
             ("keep", 5),
             ("checkpoint_every", 3),
             ("max_seconds", 60),
@@ -382,6 +383,21 @@ class TestRecords:
         if finished:
             run.finish("error", {})
         assert len(run.records()) == 0
+
+    def test_of_many_runs_are_one_table(self, tmp_path):
+        several = []
+        for seed, records in enumerate((list(self.ROWS), [], [{"step": 7, "val/mcc": 1}])):
+            several.append(Run.locate(tmp_path, **NAMES, digest="0123456789ab", seed=seed))
+            several[-1].start({})
+            several[-1].append(records)
+            several[-1].finish("ok", {})
+        table = load_records(several, ["step", "val/mcc", "lr"])
+        assert list(table) == ["step", "val/mcc", "lr", "run"]
+        assert table["run"].tolist() == [0, 0, 0, 2]
+        assert table["step"].tolist() == [1, 2, 2, 7]
+        np.testing.assert_array_equal(table["val/mcc"], [np.nan, np.nan, 0.25, 1.0])
+        assert table["lr"].isna().all()
+        assert len(load_records([], ["step"])) == 0
 
 
 class TestWriteWhole:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+from torch._utils import ExceptionWrapper
 
 from experiments import runs
+from experiments.errors import UserError
 from experiments.runs import STATUSES, Run, find_runs
+from experiments.tasks.base import EpochSampler
 from experiments.tasks.quadratic import Quadratic
+from experiments.training.state import State
 from experiments.training.stop import Stop
 
 RUN = ["run", "task=quadratic", "max_steps=30", "eval_every=10", "log_every=3", "quiet=true"]
@@ -48,8 +54,32 @@ def allocate_on_a_device():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 EiB\nmore")
 
 
+def allocate_in_a_worker():
+    in_a_worker(allocate)
+
+
 def fail():
     raise RuntimeError("no such luck")
+
+
+UNREADABLE = "cannot read the picture n01/7.JPEG: it ends too soon"
+
+
+def find_bad_data():
+    raise UserError(UNREADABLE)
+
+
+def find_bad_data_in_a_worker():
+    in_a_worker(find_bad_data)
+
+
+def in_a_worker(do):
+    """Raise what a data loader raises when a worker process of it meets an error."""
+    try:
+        do()
+    except Exception:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    sent.reraise()
 
 
 # What happens at step 15 -> status, exit code, words of the message, whether the same command goes on.
@@ -60,7 +90,10 @@ ENDS = {
     "interrupted at once": (interrupt, "killed", 130, "goes on from its last checkpoint", True),
     "no memory": (allocate, "oom", 1, "lower task.batch_size", False),
     "no device memory": (allocate_on_a_device, "oom", 1, "2.00 EiB; lower task.batch_size", False),
+    "no memory in a worker": (allocate_in_a_worker, "oom", 1, "can't allocate memory", False),
     "exception": (fail, "error", 1, "RuntimeError: no such luck", False),
+    "bad data": (find_bad_data, "error", 1, UNREADABLE, False),
+    "bad data in a worker": (find_bad_data_in_a_worker, "error", 1, UNREADABLE, False),
 }
 
 
@@ -70,10 +103,14 @@ def test_every_end_has_its_status_and_its_way_on(end, clipbench, monkeypatch, ca
     with monkeypatch.context() as patch:
         at_step(patch, 15, do)
         assert clipbench(*RUN) == code
-    told = capsys.readouterr().out
+    told, complaints = capsys.readouterr()
     assert told.startswith(f"{status}: ")
-    assert words in told
+    assert words in told.splitlines()[0]
+    assert ("Traceback" in complaints) == (end == "exception")
     run = the_run()
+    if "bad data" in end:
+        assert complaints == f"clipbench: {UNREADABLE}\n"
+        assert run.status["message"] == UNREADABLE
     assert run.status["status"] == run.summary()["status"] == status
     steps = run.records()["step"].max()
     before = (run.path / "status.json").read_bytes()
@@ -89,9 +126,103 @@ def test_every_end_has_its_status_and_its_way_on(end, clipbench, monkeypatch, ca
     assert (run.status["status"], run.records()["lr"].count()) == ("ok", 30)
 
 
+def test_a_picture_that_a_worker_cannot_read_is_named_in_the_middle_of_training(clipbench, capsys):
+    for split in ("train", "val"):
+        for place in range(32):
+            path = Path("pictures", split, "dark" if place < 16 else "light", f"{place:02}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (32, 32), 8 * place).save(path)
+    *_, last = EpochSampler(32, 4, seed=0)
+    (path,) = Path("pictures/train").rglob(f"{last[0]:02}.png")
+    path.write_bytes(path.read_bytes()[:40])
+    argv = ["run", "task=imagenet", "preset=mini", "data_dir=pictures", "task.batch_size=4", "quiet=true"]
+    assert clipbench(*argv, "task.num_workers=1", "max_steps=8", "eval_every=8", "log_every=1") == 1
+    told, complaints = capsys.readouterr()
+    run = the_run()
+    message = run.status["message"]
+    assert message.startswith(f"cannot read the picture {path}: ")
+    assert complaints == f"clipbench: {message}\n"
+    assert told == f"error: {message}\n{run.path}\n"
+    assert run.status["status"] == "error"
+    assert run.records()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def out_of_memory(*args, **kwargs):
+    raise MemoryError
+
+
+def out_of_device_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 EiB")
+
+
+def compiled_by(backend):
+    """A ``torch.nn.Module.compile`` that does."""
+    whole = torch.nn.Module.compile
+    return lambda model: whole(model, backend=backend)
+
+
+# Before the first step: what fails, and how -> status, words of the message.
+STARTS = {
+    "data": (Quadratic, "load", out_of_memory, "oom", "MemoryError; shrink the model or its data"),
+    "model": (Quadratic, "build_model", lambda task: torch.empty(2**60), "oom", "can't allocate memory"),
+    "optimizer": (torch.optim.SGD, "__init__", out_of_device_memory, "oom", "2.00 EiB; shrink the model"),
+    "compile": (torch.nn.Module, "compile", compiled_by(out_of_memory), "oom", "MemoryError"),
+    "defect": (Quadratic, "build_model", lambda task: fail(), "error", "RuntimeError: no such luck"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_what_fails_before_the_first_step_is_told_by_the_runs_folder(start, clipbench, monkeypatch, capsys):
+    where, name, instead, status, words = STARTS[start]
+    argv = [*RUN, f"compile={str(start == 'compile').lower()}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, instead)
+        assert clipbench(*argv) == 1
+    told, complaints = capsys.readouterr()
+    run = the_run()
+    first, second = told.splitlines()
+    assert first.startswith(f"{status}: ")
+    assert words in first
+    assert second == str(run.path)
+    assert ("Traceback" in complaints) == (status == "error")
+    assert run.status["status"] == run.summary()["status"] == status
+    assert f"{status}: {run.status['message']}" == first
+    assert (run.last_step(), run.summary()["final"], len(run.records())) == (0, {}, 0)
+    assert clipbench(*argv) == 1
+    assert "failed before" in capsys.readouterr().out
+    assert clipbench("list", "runs") == 0
+    assert clipbench(*RUN, "force=true") == 0
+    found = {run.status["status"] for run in find_runs("results")}
+    assert found == ({"ok", "oom"} if start == "compile" else {"ok"})
+
+
+def test_a_failure_before_the_first_step_takes_nothing_from_what_was_reached(clipbench, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, lambda: signal.raise_signal(signal.SIGTERM))
+        clipbench(*RUN)
+    run = the_run()
+    for where, name in [(Quadratic, "load"), (State, "load_state_dict")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, out_of_memory)
+            assert clipbench(*RUN) == 1
+        assert "oom: MemoryError; shrink" in capsys.readouterr().out
+        assert (run.status["status"], run.records()["step"].max()) == ("killed", 15)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", out_of_memory)
+        assert clipbench(*RUN) == 2
+    assert "memory has run out reading the checkpoint" in capsys.readouterr().err
+    assert clipbench(*RUN) == 0
+    assert run.records()["lr"].count() == 30
+    with monkeypatch.context() as patch:
+        patch.setattr(Quadratic, "load", out_of_memory)
+        assert clipbench(*RUN, "force=true") == 1
+    assert (run.status["status"], run.records()["lr"].count()) == ("ok", 30)
+
+
 def test_a_run_out_of_time_goes_on_until_it_is_done(clipbench, capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(Stop, "__init__", lambda self, limit: init(self, limit, lambda: clock[0]))
+    now = {"now": lambda: clock[0]}
+    monkeypatch.setattr(Stop, "__init__", lambda self, limit, **options: init(self, limit, **now, **options))
     at_step(monkeypatch, 7, lambda: clock.__setitem__(0, 60.0))
     assert clipbench(*RUN, "max_seconds=60") == 1
     assert "timeout: max_seconds were over after step 7; the same command goes on" in capsys.readouterr().out

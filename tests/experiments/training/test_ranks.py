@@ -16,6 +16,8 @@ import torch
 
 from experiments.runs import Run, find_runs
 from experiments.tasks.base import EpochLoader, as_is
+from experiments.tasks.reddit import Reddit
+from experiments.tasks.regression import Regression
 from experiments.training.presets import conf_dir
 from experiments.training.ranks import Ranks
 
@@ -26,6 +28,13 @@ COLA = [
     *("run", "task=cola", "task.num_train=320", "task.num_val=60", "task.batch_size=16", "warmup_steps=0"),
     *("max_steps=8", "eval_every=4", "optimizer=sgd", "optimizer.lr=0.05", "clipping=auto_clip"),
 ]
+REGRESSION = ["run", "task=regression", "max_steps=40", "eval_every=20", "clipping=norm"]  # of 5 rows each
+EXPECTATION = ["run", "task=expectation", "max_steps=40", "eval_every=20", "clipping=auto_clip"]
+REDDIT = [
+    *("run", "task=reddit", "task.num_nodes=1000", "task.batch_size=17", "task.fan_out=[4,3]"),
+    *("max_steps=45", "eval_every=15", "optimizer=sgd", "optimizer.lr=0.1", "clipping=auto_clip"),
+]
+SLOWER = [REGRESSION, EXPECTATION, REDDIT]
 QUIET = ["quiet=true", "keep=last"]
 
 
@@ -43,7 +52,11 @@ def _one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("argv", [QUADRATIC, COLA], ids=["quadratic", "cola"])
+@pytest.mark.parametrize(
+    "argv",
+    [QUADRATIC, COLA, *(pytest.param(argv, marks=pytest.mark.slow) for argv in SLOWER)],
+    ids=lambda argv: argv[1].removeprefix("task="),
+)
 def test_two_processes_reach_what_one_does_at_the_same_batch(argv, clipbench):
     assert clipbench(*argv, *QUIET, "results_dir=one") == 0
     assert clipbench(*argv, *QUIET, "results_dir=two", "nproc=2") == 0
@@ -69,6 +82,110 @@ def expect_close() -> None:
     assert len(state["of_rank"]) == 2
 
 
+FAILS = """
+import os, signal, time
+import torch
+from torch import distributed
+from experiments.errors import UserError
+from experiments.tasks.quadratic import Quadratic
+
+def fail(how, rank):
+    if distributed.is_initialized() and distributed.get_rank() == rank:
+        match how:
+            case "memory": torch.empty(2**60)
+            case "defect": raise RuntimeError("no such luck")
+            case "input": raise UserError("nothing to be read here")
+            case "death": os.kill(os.getpid(), signal.SIGKILL)
+
+class Fails(Quadratic):
+    def __init__(self, how, rank=1, stuck=False, **settings):
+        super().__init__(**settings)
+        self.how, self.rank, self.stuck, self.steps = how, rank, stuck, 0
+
+    def forward(self, model, batch):
+        self.steps += 1
+        if self.steps == 15:
+            fail(self.how, self.rank)
+            if self.stuck:
+                time.sleep(600)
+        return super().forward(model, batch)
+
+class FailsAtStart(Fails):
+    def load(self):
+        fail(self.how, self.rank)
+"""
+FAILING = ["run", "task=quadratic", "max_steps=30", "eval_every=10", "log_every=3", "quiet=true", "nproc=2"]
+
+
+@pytest.fixture
+def failing(clipbench, tmp_path, monkeypatch, capfd):
+    """Run in two processes, one of which fails; returns exit code, run or None, and what was told."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(target: str, **settings) -> tuple[int, Run | None, str, str]:
+        argv = [f"task._target_=fails.{target}", *(f"+task.{key}={value}" for key, value in settings.items())]
+        code = clipbench(*FAILING, *argv)
+        return code, *(find_runs("results") or [None]), *capfd.readouterr()
+
+    return run
+
+
+# What one process meets -> exit code, status, words of the message.
+FAILURES = {
+    "memory": (1, "oom", "can't allocate memory", "lower task.batch_size"),
+    "defect": (1, "error", "RuntimeError: no such luck", ""),
+    "input": (1, "error", "nothing to be read here", ""),
+    "death": (1, "killed", "one of its processes died", "goes on from its last checkpoint"),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "how", ["memory", *(pytest.param(how, marks=pytest.mark.slow) for how in FAILURES if how != "memory")]
+)
+def test_a_process_that_fails_ends_the_run_with_its_own_message(how, rank, failing):
+    code, status, *words = FAILURES[how]
+    if (how, rank) == ("death", 0):
+        words = ["its first process died", "goes on from there"]
+    found, run, told, complaints = failing("Fails", how=how, rank=rank)
+    assert (found, run.status["status"]) == (code, status)
+    message = told.splitlines()[0].removeprefix(f"{status}: ")
+    assert all(word in message for word in words)
+    assert message.startswith("process 1: ") == (rank == 1 and how in ("memory", "defect"))
+    if how != "death":
+        assert run.status["message"] == message
+        assert run.summary()["status"] == status
+    assert run.records()["step"].max() == 12
+    assert complaints.count("Traceback") == (how == "defect")
+    assert complaints.count("nothing to be read here") == (how == "input")
+    assert ("closed by peer" in complaints, "SIGKILL" in complaints) == (False, how == "death")
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_and_the_other_ones_message_is_the_runs(failing, monkeypatch):
+    monkeypatch.setattr("experiments.training.launch.GRACE", 1.0)
+    code, run, told, _ = failing("Fails", how="memory", stuck="true")
+    assert (code, run.status["status"], run.summary()["status"]) == (1, "oom", "oom")
+    assert told.startswith("oom: process 1: ")
+    assert (run.last_step(), run.records()["step"].max()) == (12, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["memory", "defect", "input"])
+def test_a_process_that_fails_before_the_first_step_ends_all(how, failing):
+    code, run, told, complaints = failing("FailsAtStart", how=how)
+    if how == "input":
+        assert (code, run) == (2, None)
+        assert complaints == "clipbench: nothing to be read here\n"
+        return
+    _, status, words, _ = FAILURES[how]
+    assert (code, run.status["status"]) == (1, status)
+    assert told.startswith(f"{status}: process 1: ")
+    assert words in run.status["message"]
+    assert complaints.count("Traceback") == (how == "defect")
+
+
 @pytest.mark.slow
 def test_what_is_wrong_in_the_processes_is_said_once_and_leaves_nothing(clipbench, capfd, tmp_path):
     assert clipbench(*COLA, *QUIET, "task.batch_size=15", "nproc=2") == 2
@@ -85,6 +202,7 @@ def command(*argv: str) -> subprocess.Popen:
     )
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 CLIPBENCH = ("-c", "from experiments.cli import main; main()")
 
 
@@ -126,10 +244,15 @@ def test_every_task_trains_in_two_processes(task, clipbench):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_same_run(clipbench, tmp_path):
-    Path("main.py").write_text("from experiments.cli import main\nmain()\n")
+@pytest.mark.parametrize("start", [["--no-python", "clipbench"], ["-m", "experiments.cli"]], ids=" ".join)
+def test_torchrun_starts_the_same_run(start, clipbench, monkeypatch):
+    if start[-1] == "clipbench":
+        bin_folder = Path(sys.executable).parent
+        if not (bin_folder / "clipbench").exists():
+            pytest.skip("clipbench is not installed")
+        monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
     assert clipbench(*COLA, *QUIET, "results_dir=own", "nproc=2") == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py"]
+    torchrun = [*TORCHRUN, *start]
     process = command(*torchrun, *COLA, *QUIET, "results_dir=torchrun")
     out, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -141,6 +264,19 @@ def test_torchrun_starts_the_same_run(clipbench, tmp_path):
     process = command(*torchrun, *COLA, *QUIET, "results_dir=torchrun", "optimizer.lr=-1")
     assert process.communicate()[1].count("Invalid learning rate: -1") == 1
     assert process.returncode != 0
+
+
+@pytest.mark.slow
+def test_under_torchrun_too_a_process_that_fails_ends_the_run_with_its_own_message(tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text(FAILS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    argv = ["run", "task=quadratic", "quiet=true", "task._target_=fails.Fails", "+task.how=memory"]
+    process = command(*TORCHRUN, "-m", "experiments.cli", *argv)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert out.startswith("oom: process 1: ")
+    assert ran("results").status["message"] in out
 
 
 class Indices(torch.utils.data.Dataset):
@@ -163,6 +299,50 @@ def test_each_process_reads_its_equal_part_of_every_batch():
     assert [len(batch) for batch in parts[0]] == [2, 2, 2]
     together = [sorted(itertools.chain(*batches)) for batches in zip(*parts, strict=True)]
     assert together == [sorted(batch) for batch in whole]
+
+
+TASKS = {
+    "regression": lambda: Regression(batch_size=5),
+    # 600 nodes to learn from: the last batch is of one.
+    "reddit": lambda: Reddit(
+        model={"hidden": 8, "aggr": "add"}, num_nodes=1000, batch_size=599, fan_out=[3, 2]
+    ),
+}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", TASKS)
+def test_parts_that_are_not_equal_make_up_the_batch(name, world):
+    task = TASKS[name]()
+    task.load()
+    torch.manual_seed(0)
+    model = task.build_model()
+
+    def step(batch) -> tuple[torch.Tensor, ...]:
+        output = task.forward(model, batch)
+        grads = torch.autograd.grad(output.loss, list(model.parameters()))
+        return output.loss.detach(), torch.cat([grad.flatten() for grad in grads]), output.tally
+
+    def batches(rank=None):
+        loader = task.train_loader(seed=3)
+        if rank is not None:
+            loader.split(rank, world)
+        loader.set_epoch(1)
+        *_, before, last = loader
+        return before, last
+
+    for batch, *parts in zip(batches(), *map(batches, range(world)), strict=True):
+        loss, grad, tally = step(batch)
+        losses, grads, tallies = zip(*map(step, parts), strict=True)
+        torch.testing.assert_close(torch.stack(losses).mean(), loss)
+        torch.testing.assert_close(torch.stack(grads).mean(0), grad)
+        assert task.metrics(sum(tallies)) == pytest.approx(task.metrics(tally))
+        sizes = [len(part.get("labels", part.get("targets"))) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == len(batch.get("labels", batch.get("targets")))
+    if name == "reddit":
+        assert min(sizes) == 0
+        assert len(parts[0]["inner"]) < len(batch["inner"]) + len(batch["outer"])
 
 
 def test_batch_norm_sees_the_whole_batch_on_cuda_and_keeps_its_own_on_a_cpu():

@@ -17,8 +17,10 @@ import torch
 import torch_clip
 from experiments import cli
 from experiments.runs import Run, find_runs
+from experiments.tasks import cola
 from experiments.tasks.base import EpochLoader, as_is
 from experiments.tasks.quadratic import Quadratic
+from experiments.tasks.samples.cola import generate
 from experiments.training.batches import Batches
 from experiments.training.clock import HostClock
 from experiments.training.precision import Precision
@@ -213,6 +215,19 @@ def test_dropout_and_the_middle_of_an_epoch_go_on_bit_for_bit(clipbench, kill_at
     expect_same(the_run("b"), the_run("a"))
 
 
+@pytest.mark.parametrize("body", ["frozen", "cached"])
+def test_the_head_of_a_frozen_body_goes_on_bit_for_bit(body, clipbench, kill_at, tmp_path):
+    """With published files: made of the embedded sentences."""
+    folder = tmp_path / "cola_public"
+    (folder / "raw").mkdir(parents=True)
+    for name, sentences in zip(cola.FILES, (generate(200, 20)[0], *[generate(1, 20)[1]] * 2), strict=True):
+        (folder / name).write_text("".join(f"own\t{s.label}\t\t{s.text}\n" for s in sentences))
+    argv = ["run", *DROPOUT, f"task.body={body}", "task.split=holdout", f"data_dir={folder}"]
+    assert clipbench(*argv, "results_dir=a") == 0
+    interrupted(clipbench, kill_at, 19, *argv, "results_dir=b")
+    expect_same(the_run("b"), the_run("a"))
+
+
 def test_fp16_goes_on_with_its_scale(clipbench, kill_at):
     argv = ["run", *DROPOUT, "precision=fp16", "accumulate=2", "max_steps=12"]
     assert clipbench(*argv, "results_dir=a") == 0
@@ -250,6 +265,16 @@ def test_batches_already_taken_are_not_read_again(consumed):
     assert second.epochs == consumed / 3
     assert [next(second)["x"].tolist() for _ in range(12 - consumed)] == wanted[consumed:]
     assert numbers.read == wanted[consumed:]
+
+
+def test_processes_that_load_pictures_change_neither_numbers_nor_name(clipbench, capsys):
+    argv = ["run", "task=imagenet", "preset=mini", "task.num_train=48", "task.num_val=16", "quiet=true"]
+    argv += ["task.batch_size=8", "max_steps=9", "eval_every=9", "log_every=1", "keep=last"]
+    assert clipbench(*argv, "results_dir=a") == 0
+    assert clipbench(*argv, "task.num_workers=2", "results_dir=b") == 0
+    expect_same(the_run("b"), the_run("a"))
+    assert clipbench(*argv, "task.num_workers=2", "results_dir=a") == 0
+    assert capsys.readouterr().out.splitlines()[-2].startswith("already ok")
 
 
 @pytest.fixture

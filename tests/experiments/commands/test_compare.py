@@ -1,0 +1,135 @@
+"""``clipbench compare``: what a user types, what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+
+import pytest
+
+from experiments import cli
+
+QUADRATIC = "run task=quadratic eval_every=20 device=cpu quiet=true keep=none"
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    """A folder with real runs: the quadratic with two clippings, and another experiment."""
+    folder, grid = tmp_path_factory.mktemp("compare"), "experiment=quadratic_grid"
+    for settings in (
+        f"-m clipping=no_clip,norm seed=0,1 {grid} max_steps=60 results_dir={folder}/results",
+        f"clipping=norm seed=5 optimizer.lr=0.1 max_steps=60 results_dir={folder}/results",
+        f"clipping=norm {grid} max_steps=80 results_dir={folder}/longer",
+    ):
+        assert cli._dispatch([*QUADRATIC.split(), *settings.split()]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(elsewhere, monkeypatch):
+    monkeypatch.chdir(elsewhere)
+
+
+def clipbench(*argv: str) -> int:
+    try:
+        return cli._dispatch(["compare", *argv])
+    except SystemExit as stop:  # argparse's way out
+        return stop.code
+
+
+def test_an_experiment(capsys):
+    assert clipbench("--experiment", "quadratic_grid") == 0
+    told = capsys.readouterr().out
+    assert told.startswith("What was measured\n")
+    assert "Task by task" in told
+    lines = [line.split() for line in told.splitlines() if line.startswith("quadratic")]
+    assert [line[3] for line in lines[:2]] == ["no_clip", "norm"]
+    assert [line[4] for line in lines[:2]] == ["2", "2"]
+
+
+def test_folders_however_they_are_named(capsys):
+    assert clipbench("results/runs/quadratic_grid", "--format", "json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    (task,) = os.listdir("results/runs/quadratic_grid")
+    folders = [
+        f"results/runs/quadratic_grid/{task}/{name}" for name in ("sgd-norm", "sgd-no_clip", "sgd-norm")
+    ]
+    assert clipbench(*folders, "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out) == whole
+
+
+@pytest.mark.parametrize(
+    ("form", "begins"),
+    [
+        ("markdown", "### What was measured"),
+        ("latex", r"\begin{table}"),
+        ("csv", "# raw\ntask,"),
+        ("json", "["),
+    ],
+)
+def test_formats(form, begins, capsys):
+    assert clipbench("--experiment", "quadratic_grid", "--format", form) == 0
+    assert capsys.readouterr().out.startswith(begins)
+
+
+def test_seeds_target_and_metric(capsys):
+    options = ["--seeds", "1,5-7", "--target", "quadratic=5", "--metric", "loss", "--format", "json"]
+    assert clipbench("--experiment", "quadratic_grid", *options) == 0
+    raw, tasks = json.loads(capsys.readouterr().out)
+    assert [(row["seeds"], row["target"], row["reached"]) for row in raw["rows"]] == [(1, 5, 1), (1, 5, 1)]
+    assert tasks["rows"][1]["pairs"] == 1
+
+
+def test_out(capsys, tmp_path):
+    assert clipbench("--experiment", "quadratic_grid", "--out", str(tmp_path / "out")) == 0
+    written = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))]
+    assert sorted(written) == sorted(map(str, (tmp_path / "out").iterdir()))
+    assert {"compare.md", "compare-runs.csv", "comparison.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+REFUSED = {
+    "": "name folders of runs, or an --experiment: results/runs has adhoc, quadratic_grid",
+    "--experiment quadratic": "results/runs has adhoc, quadratic_grid. Did you mean 'quadratic_grid'",
+    "--experiment x --results-dir nowhere": "no --experiment x: nowhere/runs has none",
+    "--experiment adhoc results": "give folders or --experiment, not both",
+    "nowhere": "there are no runs in nowhere; 'clipbench run' makes one",
+    "results --format yaml": "--format must be one of text, markdown, latex, csv, json, got 'yaml'",
+    "results --format jsn": "Did you mean 'json'?",
+    "results --target low": "--target must be a number, or TASK=NUMBER,TASK=NUMBER, got 'low'",
+    "results --target inf": "--target must be a number",
+    "results --seeds 3-1": "--seeds must be whole numbers and ranges of them, as in 0-4,7, got '3-1'",
+    "results --seeds a": "--seeds must be whole numbers",
+    "results --seeds 9": "--seeds: no run has one of 9; there are 0, 1, 5",
+    "results --reference nrom": "'nrom' is not the name of one method; choose one of",
+    "results --metric mcc": "--metric: quadratic has no 'mcc'; choose one of loss",
+    "results --target voc=1": "--target: there is no task 'voc' here; choose one of quadratic",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_bad_input_gets_one_message_and_writes_nothing(command, capsys, tmp_path):
+    assert clipbench(*shlex.split(command), "--out", str(tmp_path / "out")) == 2
+    out, told = capsys.readouterr()
+    assert out == ""
+    assert told.startswith("clipbench: ")
+    assert told.count("\n") == 1
+    assert REFUSED[command] in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_budgets_are_refused_and_allowed(capsys):
+    assert clipbench("results/runs/quadratic_grid", "longer") == 2
+    told = capsys.readouterr().err
+    assert "these runs differ in their max_steps: " in told
+    assert "60 in results/runs/" in told
+    assert "80 in longer/runs/" in told
+    assert clipbench("results/runs/quadratic_grid", "longer", "--allow-mixed") == 0
+    assert "max_steps=80" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    assert clipbench("--help") == 0
+    assert "--allow-mixed" in capsys.readouterr().out
