@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
 import json
 import platform
-import textwrap
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments.analysis.figures import base
-from experiments.analysis.figures.base import Kind
 from experiments.analysis.figures.plan import Plan
-from experiments.analysis.marks import styled
 from experiments.analysis.methods import Result
-from experiments.analysis.style import QUIET
+from experiments.analysis.render import PICTURES, drawn_with, read_table, render
 from experiments.errors import UserError
 from experiments.runs import Run, find_runs, write_whole
 
-PICTURES = ("png", "pdf")
-# Without dates and versions, which would make each drawing another file.
-METADATA = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
-CHARACTERS_PER_INCH, LINE_HEIGHT = 19, 0.15  # of a caption
-TITLE_CHARACTERS = 10  # per inch
 PARTS_OF_A_PATH = 5  # of a run: experiment, task, optimizer and clipping, digest, seed
-# From 3.1 on pandas reads back the number that was written unasked.
-EXACT = {} if pd.__version__ >= "3.1" else {"float_precision": "round_trip"}
 CLOSE = 1e-9
 """Relative: what another version of NumPy or SciPy may change."""
 
@@ -148,52 +134,6 @@ def where_of(results: Iterable[Result]) -> str:
         threads = f", {summary['threads']} thread{'s' if summary['threads'] > 1 else ''}"
         places[summary["device"] + (threads if summary["device"].startswith("cpu") else "")] = None
     return " and ".join(places)
-
-
-def render(kind: Kind, csv: bytes, caption: str) -> dict[str, bytes]:
-    """Draw a table: suffix -> the picture. The same bytes whenever the versions are the same."""
-    pictures = {}
-    with styled():
-        figure = kind.draw(read_table(csv))
-        figure.suptitle(textwrap.fill(kind.title, int(figure.get_figwidth() * TITLE_CHARACTERS)))
-        lines = [line for line in (figure.get_label(), caption) if line]
-        if lines:
-            _add_below(figure, lines)
-        for suffix in PICTURES:
-            file = io.BytesIO()
-            figure.savefig(file, format=suffix, metadata=METADATA[suffix])
-            pictures[suffix] = file.getvalue()
-    return pictures
-
-
-def _add_below(figure: Figure, lines: Sequence[str]) -> None:
-    """Make the figure higher by some lines of small text."""
-    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    text = "\n".join(textwrap.fill(line, width) for line in lines)
-    strip = LINE_HEIGHT * (text.count("\n") + 1.5)
-    height = figure.get_figheight() + strip
-    figure.set_figheight(height)
-    figure.get_layout_engine().set(rect=(0, strip / height, 1, 1 - strip / height))
-    figure.text(0.01, 0.25 * LINE_HEIGHT / height, text, va="bottom", size=7, color=QUIET, linespacing=1.4)
-
-
-def read_table(csv: bytes) -> pd.DataFrame:
-    """A table as it was written; text stays text, and only what is empty is missing."""
-    text = dict.fromkeys(base.TEXT, str)
-    table = pd.read_csv(io.BytesIO(csv), dtype=text, keep_default_na=False, na_values=[""], **EXACT)
-    names = [name for name in base.TEXT if name in table]
-    return table.fillna(dict.fromkeys(names, ""))
-
-
-def drawn_with() -> dict[str, str]:
-    """What decides the bytes of a picture once its table is given."""
-    return {
-        "matplotlib": matplotlib.__version__,
-        "freetype": matplotlib.ft2font.__freetype_version__,
-        **{name: importlib.metadata.version(name) for name in ("pillow", "fonttools")},
-        "zlib": zlib.ZLIB_RUNTIME_VERSION,
-        "machine": platform.machine(),
-    }
 
 
 class Published:

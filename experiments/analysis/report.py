@@ -22,7 +22,8 @@ from experiments.analysis.figures.plan import Plan
 from experiments.analysis.figures.three_panels import ThreePanels
 from experiments.analysis.marks import DPI
 from experiments.analysis.methods import Result, identify, natural
-from experiments.analysis.publish import Made, make, path_of, render, seeds_of, where_of
+from experiments.analysis.publish import Made, make, path_of, seeds_of, where_of
+from experiments.analysis.render import render
 from experiments.analysis.stats import to_scores
 from experiments.analysis.tables import Table
 from experiments.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.analysis.figures.tails import KINDS, has_tail, samples
-from experiments.analysis.publish import render
+from experiments.analysis.render import render
 from experiments.runs import Run, write_whole
 from torch_clip.tails import Tails, examine
 

@@ -238,9 +238,8 @@ def across_table(
     timed = [task for task in tasks if task in targets]
     scores, scaled = _scores(methods, references)
     ranks = _ranks(methods)
-    ratios = stats.time_ratios(
-        [[of[task].steps_to(targets[task].value).median for of in methods.values()] for task in timed]
-    )
+    times = [[of[task].steps_to(targets[task].value).median for of in methods.values()] for task in timed]
+    ratios = stats.time_ratios(np.reshape(times, (len(timed), len(methods))))  # also of no task
     rows = []
     for method, score, rank, ratio in zip(methods, scores, ranks, ratios.T, strict=True):
         row = {"method": method, "tasks": len(tasks)}

@@ -289,6 +289,19 @@ class TestAcross:
         comparison = compare([*make_runs([0.5, 0.6]), *make_runs([0.5, 0.6], clipping="norm")])
         assert [table.name for table in comparison.tables] == ["raw", "tasks"]
 
+    def test_without_a_reference_no_task_has_a_target(self, make_runs):
+        comparison = compare(
+            [
+                run
+                for task in ("cola", "voc")
+                for clipping in ("auto_clip", "norm")
+                for run in make_runs([0.5, 0.6], task=task, clipping=clipping)
+            ]
+        )
+        across = comparison.tables[2]
+        assert [row["rank"] for row in across.rows] == [1.5, 1.5]
+        assert not any("time ratio" in name for row in across.rows for name in row)
+
     def test_a_metric_that_training_does_not_record_has_no_floor_and_no_score(self, make_runs):
         comparison = compare(
             [

@@ -17,7 +17,8 @@ from experiments.analysis.figures.cost import CostAnatomy
 from experiments.analysis.figures.curves import Curves
 from experiments.analysis.figures.heatmap import HeatMap
 from experiments.analysis.figures.plan import Plan
-from experiments.analysis.publish import Published, first_difference, make, read_table, runs_of
+from experiments.analysis.publish import Published, first_difference, make, runs_of
+from experiments.analysis.render import read_table
 from experiments.errors import UserError
 
 CURVES = Curves(title="Matthews correlation", panels={"val/mcc": "MCC"})
@@ -90,7 +91,7 @@ def test_the_bytes_do_not_depend_on_the_process_or_the_time(published, tmp_path)
     code = (
         "import sys, pathlib\n"
         "from experiments.analysis.figures.curves import Curves\n"
-        "from experiments.analysis.publish import render\n"
+        "from experiments.analysis.render import render\n"
         f"kind = Curves(title={CURVES.title!r}, panels={CURVES.panels!r})\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "for suffix, content in render(kind, (folder / 'curves.csv').read_bytes(), sys.argv[2]).items():\n"

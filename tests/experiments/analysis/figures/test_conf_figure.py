@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from experiments.analysis.figures.base import ended
 from experiments.analysis.figures.plan import find_plans
 from experiments.analysis.marks import styled
-from experiments.analysis.publish import Made, Published, make, path_of, read_table, runs_of
+from experiments.analysis.publish import Made, Published, make, path_of, runs_of
+from experiments.analysis.render import read_table
 from experiments.runs import Run, digest
 from experiments.training.presets import Presets, conf_dir, for_hydra
 

@@ -20,7 +20,7 @@ from experiments.analysis.figures.sensitivity import Sensitivity
 from experiments.analysis.figures.target import TimesToTarget
 from experiments.analysis.figures.three_panels import ThreePanels
 from experiments.analysis.marks import mark, styled
-from experiments.analysis.publish import read_table
+from experiments.analysis.render import read_table
 from experiments.analysis.stats import expected_best_of, mean_interval
 from experiments.errors import UserError
 

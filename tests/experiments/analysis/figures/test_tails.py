@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.analysis.figures.tails import KINDS, SAMPLES, Histogram, draw
-from experiments.analysis.publish import read_table, render
+from experiments.analysis.render import read_table, render
 from experiments.errors import UserError
 from torch_clip.tails import compare_lognormal, hill
 
