@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from experiments.commands.composing import composed
 from experiments.errors import UserError, complain, nearest
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from experiments.tasks.needs import Need
 
 PREPARE_HELP = """\
@@ -28,14 +27,12 @@ def main(argv: list[str]) -> int:
         print(PREPARE_HELP, end="")
         return 0 if argv else 2
     check, given = _settings(argv)
-    cfg, preset = _composed(given)
-
-    from omegaconf import OmegaConf
+    config, preset = _composed(given)
 
     from experiments.training.job import task_of
     from experiments.training.prepare import read_through, told
 
-    task = task_of(OmegaConf.to_container(cfg, resolve=True), given["task"])
+    task = task_of(config, given["task"])
     needs = task.needs()
     print(f"task={given['task']} preset={preset}", flush=True)
     if not needs:
@@ -86,23 +83,13 @@ def _settings(argv: list[str]) -> tuple[bool, dict[str, str]]:
     return "--check" in argv, given
 
 
-def _composed(given: dict[str, str]) -> tuple[DictConfig, str]:
+def _composed(given: dict[str, str]) -> tuple[dict[str, Any], str]:
     """The config that ``clipbench run`` would compose of the settings, and its preset."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from experiments.complaints import explain
-    from experiments.training.presets import Presets, conf_dir, for_hydra
+    from experiments.training.presets import Presets
 
     default = "paper" if "paper" in _options(f"preset/{given['task']}") else None
     presets = Presets(given.get("preset", default), given)
-    presets.register()
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("run", overrides=for_hydra(given)), presets.name(given["task"])[0]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise presets.complaint or explain(error, given) from None
+    return composed("run", given, presets)[0], presets.name(given["task"])[0]
 
 
 def _options(group: str) -> list[str]:

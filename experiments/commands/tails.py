@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from experiments.commands.composing import composed
 from experiments.errors import UserError
-
-if TYPE_CHECKING:
-    from experiments.training.presets import Presets
 
 TAILS_HELP = """\
 clipbench tails [KEY=VALUE ...]: at frozen weights, how gradient norms and gradient noise are distributed.
@@ -87,7 +85,7 @@ def _asked(given: dict[str, str]) -> Asked:
     presets = Presets(settings.get("preset"), settings)
     # Hydra's grammar has no "=" in a value, as there is in the path of a run.
     overrides = {key: value for key, value in settings.items() if key != "checkpoint"}
-    config, choices = _composed(overrides, presets)
+    config, choices = composed("tails", overrides, presets)
     config["checkpoint"] = checkpoint
     line = presets.line(choices)
     own = {key: value for key, value in given.items() if key.startswith("task.")}
@@ -99,24 +97,3 @@ def _asked(given: dict[str, str]) -> Asked:
         line = f"task={names['task']} preset={names['preset']}: that of the checkpoint"
     told = ", ".join(f"{key.removeprefix('task.')}={value}" for key, value in own.items())
     return Asked(config, choices, told, line)
-
-
-def _composed(overrides: dict[str, str], presets: Presets) -> tuple[dict[str, Any], dict[str, str]]:
-    """The config, resolved, and the options chosen."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from experiments.complaints import explain
-    from experiments.training.presets import conf_dir, for_hydra
-
-    presets.register()
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("tails", overrides=for_hydra(overrides), return_hydra_config=True)
-        choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
-        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        return OmegaConf.to_container(own, resolve=True), choices
-    except (HydraException, OmegaConfBaseException) as error:
-        raise presets.complaint or explain(error, overrides, "tails") from None

@@ -130,7 +130,8 @@ def test_mixtures_are_refused(make_run, what):
 
 
 def test_budgets_may_differ_between_tasks(make_run):
-    labels([make_run(0.5), make_run(0.5, task="voc", settings={"max_steps": 80, "eval_every": 20})])
+    longer = make_run(0.5, task="voc", settings={"max_steps": 80, "eval_every": 20})
+    assert len({task for task, _ in labels([make_run(0.5), longer])}) == 2
 
 
 def test_mixed_presets_and_data_are_told_apart(make_run):
