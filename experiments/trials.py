@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from experiments.errors import UserError, nearest
 from experiments.runs import Run
 from experiments.sweeps import DONE, Job, Sweep
 
@@ -17,6 +18,15 @@ class Result(NamedTuple):
     value: float
     """Infinite, on the bad side, for a run that diverged."""
     higher_is_better: bool
+
+
+class Counts(NamedTuple):
+    """What of a run makes it good."""
+
+    by: str
+    """``final`` for the last evaluation, ``best`` for the best one."""
+    metric: str | None
+    """A recorded one, of which a loss is better when lower; None is the task's own."""
 
 
 class Trial(NamedTuple):
@@ -67,41 +77,51 @@ class Tuned(NamedTuple):
 
 def trials_of(sweep: Sweep) -> list[Trial]:
     """The trials of a sweep in their order; those of a sweep of every combination are none."""
-    by = (sweep.facts().get("search") or {}).get("by", "final")
+    search = sweep.facts().get("search") or {}
+    counts = Counts(search.get("by", "final"), search.get("metric"))
     groups: dict[str, list[Job]] = {}
     for job in sweep.jobs():
         if job.trial is not None:
             groups.setdefault(json.dumps([job.trial, job.until]), []).append(job)
-    return [_trial(sweep, jobs, by) for jobs in groups.values()]
+    return [_trial(sweep, jobs, counts) for jobs in groups.values()]
 
 
-def _trial(sweep: Sweep, jobs: list[Job], by: str) -> Trial:
+def _trial(sweep: Sweep, jobs: list[Job], counts: Counts) -> Trial:
     told: dict[str, Any] = {"method": "", "phase": "", **jobs[0].trial}
-    return Trial(**told, until=jobs[0].until, jobs=jobs, results=[result_of(sweep, job, by) for job in jobs])
+    results = [result_of(sweep, job, counts) for job in jobs]
+    return Trial(**told, until=jobs[0].until, jobs=jobs, results=results)
 
 
-def result_of(sweep: Sweep, job: Job, by: str) -> Result | None:
-    """What a job came to by the metric of its last evaluation, or with ``best`` of the best one."""
+def result_of(sweep: Sweep, job: Job, counts: Counts) -> Result | None:
+    """What a job came to.
+
+    Raises:
+        UserError: its run has no such metric.
+    """
     if sweep.status(job)["status"] not in DONE:
         return None
     run = sweep.run(job)
     summary = run.summary()
-    metric, higher_is_better = summary["metric"], summary["higher_is_better"]
+    metric = counts.metric or summary["metric"]
+    higher_is_better = summary["higher_is_better"] and not metric.endswith("loss")
     step = math.inf if job.until is None else job.until
     if summary["status"] == "diverged" and summary["steps"] <= step:
         value = math.nan
-    elif summary["steps"] > step:
-        value = _value_at(run, step, by, f"val/{metric}", higher_is_better)
     else:
-        value = summary["best"].get("value", math.nan) if by == "best" else summary["final"][f"val/{metric}"]
+        value = _value_at(run, step, counts.by, metric, higher_is_better)
     worst = -math.inf if higher_is_better else math.inf
     return Result(metric, value if math.isfinite(value) else worst, higher_is_better)
 
 
-def _value_at(run: Run, step: float, by: str, name: str, higher_is_better: bool) -> float:
-    """By the evaluations up to a step that the run went beyond."""
+def _value_at(run: Run, step: float, by: str, metric: str, higher_is_better: bool) -> float:
+    """By the evaluations up to a step, which the run may have gone beyond."""
     records = run.records()
-    values = records.loc[(records["step"] <= step) & records["val/loss"].notna(), name]
+    if f"val/{metric}" not in records:
+        known = [name.removeprefix("val/") for name in records if name.startswith("val/")]
+        raise UserError(
+            f"{run.path} has no metric {metric!r}; it has {', '.join(known)}.{nearest(metric, known)}"
+        )
+    values = records.loc[(records["step"] <= step) & records["val/loss"].notna(), f"val/{metric}"]
     if by == "best":
         return float(values.max() if higher_is_better else values.min())
     return float(values.iloc[-1])

@@ -43,6 +43,8 @@ class Search(ABC):
     """Of the choices; ``seeds`` are those of the runs."""
     by: str
     """Evaluation that counts: ``final`` or ``best``."""
+    metric: str | None
+    """What counts of it; None is the task's own metric."""
     fixed: list[str]
     """Overrides of all trials."""
 

@@ -39,7 +39,7 @@ def search_of(composer: Composer) -> Search | None:
     overrides = composer.arguments()
     swept = {one.get_key_element(): one for one in overrides if one.is_sweep_override()}
     fixed = [one.input_line for one in overrides if not one.is_sweep_override()]
-    given = {key: node[key] for key in ("n_trials", "seed", "by")}
+    given = {key: node[key] for key in ("n_trials", "seed", "by", "metric")}
     if name == "tuning":
         return _tuning(composer, node, list(swept), given | {"fixed": fixed})
     return _sampler(composer, name, node, swept, given | {"fixed": fixed})
@@ -140,6 +140,8 @@ def _check(node: Mapping[str, Any]) -> None:
         raise UserError(
             f"hydra.sweeper.by must be {' or '.join(BY)}, got {node['by']!r}.{nearest(str(node['by']), BY)}"
         )
+    if not isinstance(node["metric"], str | None):
+        raise UserError(f"hydra.sweeper.metric must be the name of a metric, or null, got {node['metric']!r}")
 
 
 def load(sweep: Sweep) -> Search | None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from experiments.errors import UserError
+from experiments.tasks import sentences
 from experiments.tasks.cola import CoLA, hold_out
 from experiments.tasks.frozen import Head, freeze_body
 from experiments.tasks.samples.cola import generate
@@ -31,8 +33,8 @@ def data_dir(tmp_path) -> Path:
     raw.mkdir(parents=True)
     train, val = generate(205, 40)
     files = {"in_domain_train": train, "in_domain_dev": val[:20], "out_of_domain_dev": val[20:]}
-    for name, sentences in files.items():
-        lines = (f"{name}\t{s.label}\t\tno {name[0]}{i} {s.text}\n" for i, s in enumerate(sentences))
+    for name, split in files.items():
+        lines = (f"{name}\t{s.label}\t\tno {name[0]}{i} {s.text}\n" for i, s in enumerate(split))
         (raw / f"{name}.tsv").write_text("".join(lines))
     return raw.parent
 
@@ -282,3 +284,23 @@ def test_no_experiment_is_left_out():
 def test_the_command_line_wins_over_an_experiment(composed):
     config = composed("experiment=cola_sstm", "task.body=cached", "optimizer.lr=1", "preset=cola/mini")
     assert (config.task.body, config.optimizer.lr, config.task.source) == ("cached", 1, "embedded")
+
+
+def test_runs_of_one_process_share_the_features(data_dir, monkeypatch):
+    passes, compute = [], sentences._first_tokens
+    monkeypatch.setattr(sentences, "_first_tokens", lambda *given: passes.append(1) or compute(*given))
+
+    def features(seed: int, **changes) -> Tensor:
+        task = task_on(data_dir, body="cached", model={"config": CONFIG | changes})
+        torch.manual_seed(seed)
+        task.build_model()
+        (batch,) = task.eval_loader()
+        return batch["features"]
+
+    first = features(0)
+    assert len(passes) == 2  # training and held-out sentences
+    assert torch.equal(features(0), first)
+    assert len(passes) == 2
+    assert not torch.equal(features(1), first)  # other weights
+    assert not torch.equal(features(0, layer_norm_eps=0.1), first)  # the same weights, used otherwise
+    assert len(passes) == 6
