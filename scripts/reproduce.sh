@@ -1,0 +1,77 @@
+#!/bin/sh
+# Makes the published studies anew: scripts/reproduce.sh [STUDY ...], all by default, in about two hours on two cores.
+# Finished runs are not run again. results/README.md says what lies in .data/.
+set -e
+export OMP_NUM_THREADS=1
+
+run() {
+    clipbench run -m hydra/launcher=joblib "hydra.launcher.n_jobs=${JOBS:-2}" "$@"
+}
+
+# EXPERIMENT LR: no clipping with Adam, tuned as the experiment tunes the methods
+adam() {
+    run "experiment=$1" optimizer=adam 'hydra.sweeper.methods=[no_clip]' \
+        "hydra.sweeper.space={optimizer.lr:'tag(log,interval($2))'}"
+}
+
+regression() {
+    for method in sgd adam clipped_sgd sstm; do
+        run experiment=regression_$method seed=0,1,2,3,4 keep=none quiet=true
+    done
+    run experiment=regression
+    adam regression 1e-5,1e-1
+    run experiment=regression optimizer=sstm 'hydra.sweeper.methods=[norm]' optimizer.L=1.0 \
+        optimizer.a_k_ratio_upper_bound=1.0
+}
+
+expectation() {
+    run experiment=expectation preset=mini task.noise=normal,exponential,weibull,burr clipping=no_clip,norm \
+        seed=0,1,2,3,4
+}
+
+quadratic() {
+    noisy="experiment=quadratic_grid task.noise=student,gaussian"
+    grid="$noisy optimizer.lr=0.01,0.03,0.1,0.3 seed=0,1,2,3,4,5,6"
+    run $grid clipping=no_clip
+    run $grid clipping.threshold=0.3,1.0,3.0 \
+        clipping=norm,linear_rand_norm,quadratic_rand_norm,layer_wise,coordinate_wise
+    run $grid clipping=auto_clip,linear_rand_autoclip,quadratic_rand_autoclip clipping.percentile=0.25,0.75
+    run $noisy optimizer.lr=0.03 seed=2,3,4,5,6 \
+        clipping=zclip,adagc,adaclip,adagn,stable_spam,spam,spike_guard,normalized,uclip,agc,smooth,smooth_sqrt
+}
+
+cola() {
+    head="preset=frozen task.body=cached task.model.name_or_path=.data/minilm"
+    for method in sgd adam clipped_sgd; do
+        run experiment=cola_$method seed=0,1,2,3,4 $head data_dir=.data/cola_public/cola_public \
+            max_steps=1790 eval_every=179 keep=last quiet=true
+    done
+    run experiment=cola_sstm seed=0,1,2,3,4 $head data_dir=.data/cola_public/cola_public \
+        max_steps=223 eval_every=22 keep=last quiet=true
+    run experiment=cola
+    adam cola 1e-4,1e-1
+}
+
+imagenet() {
+    run experiment=imagenet
+    adam imagenet 1e-4,1e-1
+}
+
+voc() {
+    run experiment=voc
+    adam voc 1e-4,1e-1
+}
+
+reddit() {
+    run experiment=reddit
+    adam reddit 1e-4,1e-1
+}
+
+reddit_sum() {
+    run experiment=reddit_sum
+    adam reddit_sum 1e-5,1e-1
+}
+
+for study in ${@:-expectation regression quadratic cola imagenet voc reddit reddit_sum}; do
+    $study
+done
