@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments.errors import UserError, nearest
@@ -102,8 +103,7 @@ def result_of(sweep: Sweep, job: Job, counts: Counts) -> Result | None:
         return None
     run = sweep.run(job)
     summary = run.summary()
-    metric = counts.metric or summary["metric"]
-    higher_is_better = summary["higher_is_better"] and not metric.endswith("loss")
+    metric, higher_is_better = judged_by(summary, counts.metric)
     step = math.inf if job.until is None else job.until
     if summary["status"] == "diverged" and summary["steps"] <= step:
         value = math.nan
@@ -111,6 +111,15 @@ def result_of(sweep: Sweep, job: Job, counts: Counts) -> Result | None:
         value = _value_at(run, step, counts.by, metric, higher_is_better)
     worst = -math.inf if higher_is_better else math.inf
     return Result(metric, value if math.isfinite(value) else worst, higher_is_better)
+
+
+def judged_by(summary: Mapping[str, Any], metric: str | None) -> tuple[str, bool]:
+    """Name of the metric that counts, the task's own if None, and whether more of it is better.
+
+    A loss is better when lower, any other metric as the task's own is.
+    """
+    name = metric or summary["metric"]
+    return name, summary["higher_is_better"] and not name.endswith("loss")
 
 
 def _value_at(run: Run, step: float, by: str, metric: str, higher_is_better: bool) -> float:

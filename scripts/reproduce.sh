@@ -31,13 +31,15 @@ expectation() {
 
 quadratic() {
     noisy="experiment=quadratic_grid task.noise=student,gaussian"
-    grid="$noisy optimizer.lr=0.01,0.03,0.1,0.3 seed=0,1,2,3,4,5,6"
+    grid="$noisy optimizer.lr=0.01,0.03,0.1,0.3 seed=0,1,2,3,4"
     run $grid clipping=no_clip
     run $grid clipping.threshold=0.3,1.0,3.0 \
         clipping=norm,linear_rand_norm,quadratic_rand_norm,layer_wise,coordinate_wise
     run $grid clipping=auto_clip,linear_rand_autoclip,quadratic_rand_autoclip clipping.percentile=0.25,0.75
-    run $noisy optimizer.lr=0.03 seed=2,3,4,5,6 \
+    run $noisy optimizer.lr=0.03 seed=0,1,2,3,4 \
         clipping=zclip,adagc,adaclip,adagn,stable_spam,spam,spike_guard,normalized,uclip,agc,smooth,smooth_sqrt
+    run experiment=tune_quadratic task.noise=student
+    run experiment=tune_quadratic task.noise=gaussian
 }
 
 cola() {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.analysis import style
+from experiments.analysis.chosen import Chosen, choose
 from experiments.analysis.entries import Entry, by_task, curves, load_entries
 from experiments.analysis.figures.comparison import comparison_figure
 from experiments.analysis.marks import styled
@@ -41,6 +42,7 @@ def compare(
     metric: str | None = None,
     targets: Mapping[str | None, float] | None = None,
     seeds: Collection[int] | None = None,
+    tuned_at: Collection[int] = (),
     allow_mixed: bool = False,
 ) -> Comparison:
     """Compare the methods of finished runs.
@@ -52,6 +54,8 @@ def compare(
         metric: other than the tasks' own.
         targets: metric to reach by task; None is any other task. By default the reference's median.
         seeds: to compare, all by default. If the reference has others, they alone set the target.
+        tuned_at: seeds to choose the best setting of each method by, which is compared at the others; next to
+            it settings that were run at the others only, untuned.
         allow_mixed: compare runs that differ in what must agree.
 
     Raises:
@@ -66,6 +70,8 @@ def compare(
     if not chosen:
         known = sorted({result.seed for result in results})
         raise UserError(f"--seeds: no run has one of {_listed(seeds)}; there are {_listed(known)}")
+    if tuned_at:
+        return _compare_tuned(choose(chosen, tuned_at, metric), reference, metric, targets or {}, unfinished)
     entries = load_entries(chosen, metric)
     references = _references(entries, reference)
     spare = load_entries([result for result in results if seeds and result.seed not in seeds], metric)
@@ -77,6 +83,32 @@ def compare(
         tuning_table(entries),
     ]
     return Comparison(entries, [table for table in tables if table], runs_table(entries))
+
+
+def _compare_tuned(
+    chosen: Chosen,
+    reference: str | None,
+    metric: str | None,
+    targets: Mapping[str | None, float],
+    unfinished: Sequence[str],
+) -> Comparison:
+    """Compare each method at its best setting, and apart from that each as it comes."""
+    tuned, untuned, tried = (
+        load_entries(part, metric) for part in (chosen.tuned, chosen.untuned, chosen.tried)
+    )
+    references = _references(tuned, reference)
+    goals = _targets(tuned, references, [], targets)
+    tables = [
+        raw_table([*tuned, *untuned], goals, unfinished),
+        task_table(tuned, references),
+        across_table(tuned, references, goals),
+    ]
+    if untuned:
+        as_they_come = task_table(untuned, _references(untuned, reference))
+        tables.append(replace(as_they_come, name="untuned", title="Untuned, as the preset has them"))
+    tables.append(tuning_table(tried))
+    every_run = runs_table([*tuned, *untuned, *tried])
+    return Comparison(tuned, [table for table in tables if table], every_run)
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -152,14 +184,20 @@ def write_comparison(runs: Iterable[Run], folder: Path) -> list[Path]:
     return write(compare(runs), folder)
 
 
-def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write the tables as ``compare*``, and the curves of each task as ``comparison*.{png,pdf,csv}``."""
+def write(comparison: Comparison, folder: Path, *, drawn: bool = True) -> list[Path]:
+    """Write the tables as ``compare*``, and the curves of each task as ``comparison*.{png,pdf,csv}``.
+
+    Args:
+        comparison: to write.
+        folder: made if need be.
+        drawn: False for the tables only.
+    """
     paths = write_tables(folder, "compare", comparison.tables, for_programs=[comparison.runs])
-    tasks = by_task(comparison.entries)
+    tasks = by_task(comparison.entries) if drawn else {}
     for task, entries in tasks.items():
         name = "comparison" if len(tasks) == 1 else "comparison-" + re.sub(r"[^\w.=-]+", "_", task)
         with styled():
-            figure, drawn = comparison_figure(
+            figure, table = comparison_figure(
                 curves(entries),
                 metric=entries[0].metric,
                 higher_is_better=entries[0].higher_is_better,
@@ -168,5 +206,5 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
             paths += [style.save(figure, folder / f"{name}.{suffix}") for suffix in ("png", "pdf")]
         paths.append(folder / f"{name}.csv")
         with write_whole(paths[-1]) as file:
-            file.write(drawn.to_csv(index=False).encode())
+            file.write(table.to_csv(index=False).encode())
     return paths

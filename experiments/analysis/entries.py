@@ -14,6 +14,7 @@ from experiments.analysis.methods import Result, natural
 from experiments.analysis.stats import TimeToTarget, time_to_target, to_scores
 from experiments.errors import UserError, nearest
 from experiments.runs import load_records
+from experiments.trials import judged_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,11 +180,9 @@ def load_entries(results: Sequence[Result], metric: str | None) -> list[Entry]:
         by_task[result.task].append(result)
     entries = []
     for of_task in by_task.values():
-        own, higher = (of_task[0].summary[name] for name in ("metric", "higher_is_better"))
-        name = metric or own
-        if name != own:
+        name, higher = judged_by(of_task[0].summary, metric)
+        if metric is not None:
             _check_metric(name, of_task)
-            higher = higher and not name.endswith("loss")
         groups = defaultdict(list)
         for result, records in zip(of_task, _records(of_task, name), strict=True):
             groups[result.method].append((result, records))

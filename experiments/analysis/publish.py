@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.analysis.chosen import choose
 from experiments.analysis.figures import base
 from experiments.analysis.figures.plan import Plan
-from experiments.analysis.methods import Result
+from experiments.analysis.methods import Result, identify
 from experiments.analysis.render import PICTURES, drawn_with, read_table, render
 from experiments.errors import UserError
 from experiments.runs import Run, find_runs, write_whole
@@ -67,6 +68,9 @@ def make(plan: Plan, results: Sequence[Result], others: Sequence[Result]) -> Mad
         if all(base.has(result, path, values) for path, values in wanted.items())
     ]
     _refuse_mixtures(results)
+    if plan.tuned:
+        identify(results, allow_mixed=True)
+        results = choose(results, plan.tuned["seeds"], plan.tuned.get("metric")).tuned
     table = plan.kind.table(results)
     seeds = seeds_of(results)
     return Made(
@@ -120,6 +124,7 @@ def _caption(plan: Plan, results: Sequence[Result], seeds: str, unfinished: Sequ
     parts = [
         ", ".join(tasks) + (f": {plan.note or data}" if plan.note or data else ""),
         f"{seeds} each",
+        *(["each at the best of its settings, chosen at other seeds"] if plan.tuned else []),
         ", ".join([f"{len(results)} runs", *(f"{count} {status}" for status, count in lost.items())]),
         *([f"{len(unfinished)} more not finished and not drawn"] if unfinished else []),
         where_of(results),

@@ -34,8 +34,14 @@ def main(argv: list[str]) -> int:
         "--seeds if there are any)",
     )
     parser.add_argument("--seeds", help="to compare, as in 0-4,7 (default: all)")
+    parser.add_argument(
+        "--tuned-at",
+        metavar="SEEDS",
+        help="choose the best setting of each method at these seeds, and compare it at the others",
+    )
     parser.add_argument("--format", default="text", help=f"{', '.join(FORMATS)} (default: text)")
     parser.add_argument("--out", help="folder to write tables and curves into")
+    parser.add_argument("--tables", action="store_true", help="with --out: tables only")
     parser.add_argument(
         "--allow-mixed",
         action="store_true",
@@ -46,7 +52,8 @@ def main(argv: list[str]) -> int:
         choices = f"{', '.join(FORMATS)}, got {args.format!r}.{nearest(args.format, FORMATS)}"
         raise UserError(f"--format must be one of {choices}")
     targets = None if args.target is None else _targets(args.target)
-    seeds = None if args.seeds is None else _seeds(args.seeds)
+    seeds = None if args.seeds is None else _seeds("--seeds", args.seeds)
+    tuned_at = set() if args.tuned_at is None else _seeds("--tuned-at", args.tuned_at)
     runs = _runs(args.folder, Path(args.results_dir) / "runs", args.experiment)
 
     from experiments.analysis import tables
@@ -58,11 +65,12 @@ def main(argv: list[str]) -> int:
         metric=args.metric,
         targets=targets,
         seeds=seeds,
+        tuned_at=tuned_at,
         allow_mixed=args.allow_mixed,
     )
     print(tables.FORMATS[args.format](comparison.tables), end="")
     if args.out:
-        print("", *write(comparison, Path(args.out)), sep="\n")
+        print("", *write(comparison, Path(args.out), drawn=not args.tables), sep="\n")
     return 0
 
 
@@ -100,12 +108,12 @@ def _targets(text: str) -> dict[str | None, float]:
     return targets
 
 
-def _seeds(text: str) -> set[int]:
+def _seeds(option: str, text: str) -> set[int]:
     """``0-4,7``."""
     seeds: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"--seeds must be whole numbers and ranges of them, as in 0-4,7, got {text!r}")
+            raise UserError(f"{option} must be whole numbers and ranges of them, as in 0-4,7, got {text!r}")
         seeds |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return seeds

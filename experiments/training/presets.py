@@ -41,6 +41,9 @@ def added_conf(flags: list[str]) -> tuple[str | None, list[str]]:
     return folder, others
 
 
+OVERRIDE_PRESET = "override /preset"
+
+
 class Presets:
     """The presets of one launch: chosen on the command line, or once for the task.
 
@@ -72,6 +75,8 @@ class Presets:
         """Preset for ``task``, and why."""
         if self.chosen is not None:
             return self.chosen, "as asked"
+        if (of_experiment := self._of_experiment(task)) is not None:
+            return of_experiment, f"experiment={self.given['experiment']} says so"
         names = self._names(task)
         if not names:
             self.complaint = self._no_names(task)
@@ -94,10 +99,7 @@ class Presets:
     def line(self, choices: Mapping[str, str]) -> str:
         """Say which preset was chosen for a task, and why."""
         task, preset = choices["task"], Path(choices["preset"]).name
-        default, why = self.name(task)
-        if preset != default:
-            why = f"experiment={choices['experiment']} says so"
-        return f"task={task} preset={preset}: {why}"
+        return f"task={task} preset={preset}: {self.name(task)[1]}"
 
     def value(self, key: str, task: str) -> Any:
         """What the launch's preset of ``task`` says of ``key``, before Hydra composes it."""
@@ -123,6 +125,19 @@ class Presets:
         return UserError(
             f"task {task} has no preset: preset/{task}/mini.yaml beside task/{task}.yaml gives one"
         )
+
+    def _of_experiment(self, task: str) -> str | None:
+        """The preset of ``task`` that the launch's experiment names; None if it leaves that open."""
+        import yaml
+
+        try:
+            path = self._file("experiment", f"{self.given['experiment']}.yaml")
+            defaults = yaml.safe_load(path.read_text())["defaults"]
+        except (KeyError, StopIteration, TypeError, yaml.YAMLError):  # Hydra says what is wrong with it
+            return None
+        named = [one.get(OVERRIDE_PRESET) for one in defaults if isinstance(one, dict)]
+        names = [str(name).removeprefix(f"{task}/") for name in named if str(name).startswith(f"{task}/")]
+        return names[-1] if names else None
 
     def _file(self, *parts: str) -> Path:
         return next(path for folder in self._folders if (path := folder.joinpath(*parts)).is_file())

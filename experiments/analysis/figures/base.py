@@ -18,6 +18,7 @@ from experiments.analysis.marks import MARKS, Mark, marks
 from experiments.analysis.methods import Result, finished, flatten, natural
 from experiments.errors import UserError, nearest
 from experiments.runs import FAILED, FINISHED, Run, identity
+from experiments.trials import judged_by
 
 FAR = 1e5
 TEXT = (
@@ -33,6 +34,7 @@ TEXT = (
     "row",
     "column",
     "curve",
+    "verdict",
 )
 """Columns of tables that hold text, even where it looks like a number."""
 
@@ -176,7 +178,11 @@ def label(values: Iterable[Any], labels: Mapping[str, str]) -> str:
 
 
 def entries(
-    results: Iterable[Result], lines: Sequence[str], labels: Mapping[str, str], facets: str = "task"
+    results: Iterable[Result],
+    lines: Sequence[str],
+    labels: Mapping[str, str],
+    facets: str = "task",
+    metric: str | None = None,
 ) -> list[Entry]:
     """The finished runs, put together by facet and line, which their ``task`` and ``method`` are set to."""
     finished_ones = [result for result in results if result.summary["status"] in FINISHED]
@@ -187,7 +193,9 @@ def entries(
         names = {"task": label(key[:1], labels), "method": label(key[1:], labels)}
         named += [replace(result, **names) for result in group]
     order = {(result.task, result.method): None for result in named}
-    return sorted(load_entries(named, None), key=lambda entry: list(order).index((entry.task, entry.method)))
+    return sorted(
+        load_entries(named, metric), key=lambda entry: list(order).index((entry.task, entry.method))
+    )
 
 
 def worst(result: Result) -> float:
@@ -208,13 +216,13 @@ def lost(result: Result) -> str:
     return result.summary["status"] if result.summary["status"] != "ok" else "diverged"
 
 
-def metric_of(results: Sequence[Result]) -> tuple[str, bool]:
-    """Name of the metric of all these runs, and whether higher is better.
+def metric_of(results: Sequence[Result], metric: str | None = None) -> tuple[str, bool]:
+    """Name of the metric of all these runs, their task's own if None, and whether higher is better.
 
     Raises:
         UserError: they have several.
     """
-    metrics = {(result.summary["metric"], result.summary["higher_is_better"]) for result in results}
+    metrics = {judged_by(result.summary, metric) for result in results}
     if len(metrics) > 1:
         names = ", ".join(sorted(name for name, _ in metrics))
         raise UserError(f"these runs have different metrics, {names}: select one task under runs:")

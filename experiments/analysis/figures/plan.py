@@ -14,8 +14,9 @@ from hydra.utils import get_class
 from experiments.analysis.figures.base import Kind
 from experiments.errors import UserError, nearest
 
-KEYS = ("experiment", "runs", "figure", "sweeps", "note")
+KEYS = ("experiment", "runs", "tuned", "figure", "sweeps", "note")
 NEEDED = ("experiment", "figure")
+TUNED_KEYS = ("seeds", "metric")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Plan:
     """The folder of results that the figure lies in; and whose runs are drawn, unless ``runs`` says so."""
     runs: dict[str, Any]
     """Setting -> the value or values that a run must have."""
+    tuned: dict[str, Any]
+    """``seeds`` at which the best setting of each method was chosen, by ``metric`` where that is not the
+    task's own: it alone is drawn, at its other seeds. Empty: all runs are drawn."""
     figure: dict[str, Any]
     """``_target_`` and settings of its kind."""
     sweeps: tuple[str, ...]
@@ -44,7 +48,13 @@ class Plan:
     @property
     def drawn_as(self) -> dict[str, Any]:
         """All that decides what it looks like, its runs apart."""
-        return {"experiment": self.experiment, "runs": self.runs, "figure": self.figure, "note": self.note}
+        return {
+            "experiment": self.experiment,
+            "runs": self.runs,
+            "tuned": self.tuned,
+            "figure": self.figure,
+            "note": self.note,
+        }
 
 
 def find_plans(folder: Path, names: Sequence[str]) -> list[Plan]:
@@ -82,11 +92,19 @@ def read_plan(path: Path) -> Plan:
         name=path.stem,
         experiment=content["experiment"],
         runs=content.get("runs") or {},
+        tuned=_tuned(path, content.get("tuned") or {}),
         figure=content["figure"],
         sweeps=sweeps,
         note=content.get("note") or "",
         kind=_kind(path, dict(content["figure"])),
     )
+
+
+def _tuned(path: Path, tuned: Any) -> dict[str, Any]:
+    seeds = tuned.get("seeds") if isinstance(tuned, dict) and not set(tuned) - set(TUNED_KEYS) else None
+    if tuned and not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
+        raise UserError(f"{path}: tuned takes seeds, a list of them, and metric, got {tuned!r}")
+    return tuned
 
 
 def _kind(path: Path, settings: dict[str, Any]) -> Kind:

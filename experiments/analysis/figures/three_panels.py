@@ -20,17 +20,19 @@ class ThreePanels:
 
     Args:
         title: above the figure.
+        metric: that is drawn, the task's own if None.
         lines: settings that tell methods apart.
         labels: better names for methods.
     """
 
     title: str
+    metric: str | None = None
     lines: Sequence[str] = ("clipping",)
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def table(self, results: Sequence[Result]) -> pd.DataFrame:
         """A row for each point of a line, each cross and each beginning of an epoch."""
-        metric, higher_is_better = base.metric_of(results)
+        metric, higher_is_better = base.metric_of(results, self.metric)
         return comparison_table(
             curves(base.entries(results, self.lines, self.labels)), metric, higher_is_better
         )

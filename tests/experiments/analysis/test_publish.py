@@ -26,7 +26,7 @@ CURVES = Curves(title="Matthews correlation", panels={"val/mcc": "MCC"})
 
 def plan_of(kind=CURVES, **changes) -> Plan:
     defaults = {
-        **{"name": "curves", "experiment": "made", "runs": {}, "figure": {"title": kind.title}},
+        **{"name": "curves", "experiment": "made", "runs": {}, "tuned": {}, "figure": {"title": kind.title}},
         **{"sweeps": ("experiment=made clipping=no_clip,norm",), "note": "made-up data", "kind": kind},
     }
     return Plan(**{**defaults, **changes})

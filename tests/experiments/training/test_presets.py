@@ -48,11 +48,20 @@ def test_a_task_with_one_preset_takes_it():
     assert Presets(None, {}).name("quadratic") == ("mini", "the only one of this task")
 
 
-def test_an_experiment_may_choose_the_preset(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_an_experiment_may_choose_the_preset(monkeypatch, cuda):
+    """With all that a preset chooses by default, whatever device there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     choices = {"task": "cola", "preset": "cola/frozen", "experiment": "cola_adam"}
-    assert Presets(None, {}).line(choices) == "task=cola preset=frozen: experiment=cola_adam says so"
+    of_experiment = Presets(None, {"experiment": "cola_adam"})
+    assert of_experiment.line(choices) == "task=cola preset=frozen: experiment=cola_adam says so"
+    assert of_experiment.value("scheduler", "cola") == "constant"
+    assert Presets("mini", {"experiment": "cola_adam"}).value("scheduler", "cola") == "linear"
     assert Presets("frozen", {}).line(choices) == "task=cola preset=frozen: as asked"
+    for without in ("mini_comparison", "regression", "misspelt", ""):
+        monkeypatch.setattr(Presets, "_missing_for_paper", lambda presets, task: None)
+        told = Presets(None, {"experiment": without}).name("voc")
+        assert told[0] == ("paper" if cuda else "mini")
 
 
 def test_preset_gives_the_defaults_of_its_groups():

@@ -34,13 +34,17 @@ METRICS = {
 }
 STEPS, EVERY = 60, 15
 SEEDS = 2
+REPORTED = [100, 101]
 
 
 @functools.cache
 def config_of(overrides: tuple[str, ...]) -> dict:
     """What ``clipbench run`` would run with these settings."""
     given = dict(override.split("=", 1) for override in overrides)
-    Presets(given.get("preset", "frozen" if "cola_" in given["experiment"] else "mini"), given).register()
+    with_own = (
+        "\n  - override /preset:" in (conf_dir() / "experiment" / f"{given['experiment']}.yaml").read_text()
+    )
+    Presets(given.get("preset", None if with_own else "mini"), given).register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=for_hydra(given), return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
@@ -49,6 +53,28 @@ def config_of(overrides: tuple[str, ...]) -> dict:
     names = {name: choices[name] for name in ("task", "optimizer", "clipping", "scheduler", "experiment")}
     config["names"] = names | {"preset": Path(choices["preset"]).name}
     return config | {"device_type": "cpu", "world_size": 1, "fingerprint": None}
+
+
+def runs_for(plan) -> list[tuple[tuple[str, ...], int]]:
+    """Settings and seeds of some of the runs that the sweeps of a figure make."""
+    if plan.tuned:
+        return [pair for sweep in plan.sweeps for pair in trials(sweep, plan.tuned["seeds"])]
+    return [(overrides, seed) for sweep in plan.sweeps for overrides in jobs(sweep) for seed in range(SEEDS)]
+
+
+def trials(sweep: str, seeds: list[int]) -> list[tuple[tuple[str, ...], int]]:
+    """Two settings of a few methods where they are chosen, one of them and a third where that is reported."""
+    asked = dict(word.split("=", 1) for word in shlex.split(sweep))
+    methods = asked.get("hydra.sweeper.methods", "[no_clip,norm,auto_clip]").strip("[]").split(",")
+    fixed = [f"{key}={value}" for key, value in asked.items() if not key.startswith("hydra.")]
+    where = {"optimizer.lr=0.011": [*seeds, *REPORTED], "optimizer.lr=0.012": seeds}
+    where["optimizer.lr=0.013"] = REPORTED
+    return [
+        ((*fixed, f"clipping={method}", lr), seed)
+        for method in methods
+        for lr, of_lr in (where if method == "norm" else dict(list(where.items())[::2])).items()
+        for seed in of_lr
+    ]
 
 
 def jobs(sweep: str) -> list[tuple[str, ...]]:
@@ -80,22 +106,21 @@ def own_runs(plan) -> set[str]:
     """Paths of the runs that the sweeps of a figure make."""
     made = [
         Run.locate("", **place(seeded(overrides, seed), seed))
-        for sweep in plan.sweeps
-        for overrides in jobs(sweep)
-        for seed in range(SEEDS)
+        for overrides, seed in runs_for(plan)
+        if not plan.tuned or (seed in REPORTED and "optimizer.lr=0.011" in overrides)
     ]
     return {path_of(run) for run in made}
 
 
 def make_run(results: Path, overrides: tuple[str, ...], seed: int) -> None:
-    """A run with curves of all that tasks record; seed 1 of ``no_clip`` diverges."""
+    """A run with curves of all that tasks record; a run of ``no_clip`` diverges."""
     config = seeded(overrides, seed)
     names = config["names"]
     metric, higher_is_better = METRICS[names["task"]]
     run = Run.locate(results, **place(config, seed))
     if run.status:
         return
-    diverges = seed == 1 and names["clipping"] == "no_clip"
+    diverges = seed in (1, REPORTED[-1]) and names["clipping"] == "no_clip"
     run.start(config)
     rng = np.random.default_rng([seed, *map(ord, run.names["digest"])])
     records, last = [], STEPS // 2 if diverges else STEPS
@@ -106,8 +131,8 @@ def make_run(results: Path, overrides: tuple[str, ...], seed: int) -> None:
             record | {"grad_norm": norm, "threshold": 1.0, "clip_coef": 1.0, "clipped": float(norm > 1)}
         )
         if step % EVERY == 0:
-            value = step / STEPS + 0.1 * rng.random()
-            every = dict.fromkeys(("val/loss", "val/accuracy", "train/accuracy"), value)
+            value = step / STEPS + 0.1 * rng.random() + (config["optimizer"]["lr"] == 0.011)
+            every = dict.fromkeys(("val/accuracy", "train/accuracy"), value) | {"val/loss": 1 / value}
             both = {
                 f"{split}/{metric}": value if higher_is_better else 1 / value for split in ("train", "val")
             }
@@ -139,10 +164,8 @@ def results(tmp_path_factory) -> Path:
     """The runs of all figures, in one folder as with ``clipbench figures --run``."""
     folder = tmp_path_factory.mktemp("results")
     for plan in PLANS.values():
-        for sweep in plan.sweeps:
-            for overrides in jobs(sweep):
-                for seed in range(SEEDS):
-                    make_run(folder, overrides, seed)
+        for overrides, seed in runs_for(plan):
+            make_run(folder, overrides, seed)
     return folder
 
 

@@ -39,7 +39,7 @@ def test_a_plan(plan):
         (("experiment: grid\n", ""), "grid.yaml lacks experiment"),
         (
             ("sweeps:", "sweep:"),
-            "the key 'sweep'; it takes experiment, runs, figure, sweeps, note. Did you mean",
+            "the key 'sweep'; it takes experiment, runs, tuned, figure, sweeps, note. Did you mean",
         ),
         (("HeatMap", "HeatMop"), "cannot use experiments.analysis.figures.heatmap.HeatMop"),
         (
