@@ -66,26 +66,37 @@ def price_figure(rows: list[dict[str, Any]], place: dict[str, Any]) -> Figure:
         bars = axes.barh(
             [row["contender"] for row in shown], [row["to_torch"] for row in shown], color=colors
         )
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+        labels = axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        for label in labels:  # readable where the line at 1 runs behind it
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4})
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--", zorder=0)
         axes.invert_yaxis()
         axes.set_title(f"{panel[0]}, {panel[1]}")
         axes.set_xlabel("ratio (1: torch's own clipping)")
         axes.tick_params(axis="y", labelsize=8)
-        axes.margins(x=0.12)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.margins(x=0.12, y=0.01)
     return figure
 
 
 def write_price(folder: Path, rows: list[dict[str, Any]], place: dict[str, Any]) -> list[Path]:
-    """Write table (Markdown), bars (PNG) and numbers (JSON) into ``folder``."""
+    """Write table (Markdown and CSV), bars (PNG and PDF) and where it was measured (JSON) into ``folder``."""
+    import pandas as pd
+
+    from experiments.analysis import style
+    from experiments.analysis.marks import styled
+
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"bench.{suffix}" for suffix in ("md", "json", "png")]
-    with write_whole(paths[0]) as file:
-        file.write(markdown(rows, place).encode())
-    with write_whole(paths[1]) as file:
-        file.write((json.dumps({"where": place, "rows": rows}, indent=1) + "\n").encode())
-    with write_whole(paths[2]) as file:
-        price_figure(rows, place).savefig(file, format="png", dpi=110)
-    return paths
+    contents = {
+        "md": markdown(rows, place),
+        "csv": pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"),
+        "json": json.dumps({"where": place, "rows": rows}, indent=1) + "\n",
+    }
+    for suffix, content in contents.items():
+        with write_whole(folder / f"bench.{suffix}") as file:
+            file.write(content.encode())
+    pictures = [folder / f"bench.{suffix}" for suffix in ("png", "pdf")]
+    with styled():
+        figure = price_figure(rows, place)
+        for path in pictures:
+            style.save(figure, path)
+    return [*(folder / f"bench.{suffix}" for suffix in contents), *pictures]

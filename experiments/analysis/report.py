@@ -113,7 +113,7 @@ def report(title: str, runs: Sequence[Run], plans: Sequence[Plan], sweeps: Seque
     results, others = base.ended(runs)
     if not results:
         raise UserError("none of these runs has come to an end")
-    tables, refusal = _tables(runs)
+    tables, refusal = _tables(runs, sweeps)
     pictures, not_drawn = _pictures(results, others, plans)
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -137,10 +137,16 @@ def report(title: str, runs: Sequence[Run], plans: Sequence[Plan], sweeps: Seque
     )
 
 
-def _tables(runs: Sequence[Run]) -> tuple[list[HtmlTable], str]:
-    """The comparison's tables, or why there is none."""
+def _tables(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> tuple[list[HtmlTable], str]:
+    """The comparison's tables, or why there is none. Where all sweeps tuned, each method is at its best."""
+    searches = [sweep.facts().get("search") or {} for sweep in sweeps]
+    seeds = {tuple(map(int, search.get("select_seeds", ()))) for search in searches}
+    metrics = {search.get("metric") for search in searches}
     try:
-        tables = compare(runs).tables
+        if len(seeds) == len(metrics) == 1:
+            tables = compare(runs, tuned_at=seeds.pop(), metric=metrics.pop()).tables
+        else:
+            tables = compare(runs).tables
     except UserError as error:
         return [], str(error)
     # What a reader wants first: verdicts, those of a table that one can overlook before others.
@@ -197,7 +203,7 @@ def _usual_plans(results: list[Result]) -> Iterator[tuple[Plan, list[Result]]]:
 
 def _plan(name: str, results: Sequence[Result], kind: Kind, note: str) -> Plan:
     experiments = sorted({result.run.names["experiment"] for result in results})
-    return Plan(name, experiments[0], {"experiment": experiments}, {}, (), note, kind)
+    return Plan(name, experiments[0], {"experiment": experiments}, {}, {}, (), note, kind)
 
 
 def _best_settings(results: list[Result]) -> tuple[list[Result], str]:

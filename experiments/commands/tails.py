@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.commands.composing import composed
@@ -16,7 +17,7 @@ clipbench tails [KEY=VALUE ...]: at frozen weights, how gradient norms and gradi
   clipbench tails checkpoint=results/runs/adhoc/cola-mini/adamw-norm/0123456789ab/seed=0
 
 groups   task preset (clipbench list GROUP shows the options)
-keys     samples checkpoint seed precision device data_dir results_dir force quiet
+keys     samples checkpoint seed precision device data_dir results_dir out force quiet
 into     any setting of the task: task.batch_size=16
 
 Two passes over the same mini-batches: one for their mean gradient, one for the norm of each gradient, of its
@@ -27,7 +28,7 @@ run's, and so are task, preset and settings of the task unless they are given; e
 Printed and written into report/ of the folder at the end: the tail index by Hill and by blocks, a power law
 against a lognormal, skewness, all with intervals; a verdict, heavy, not heavy or undecided, with the reason;
 histogram, survival function, Hill plot and QQ plot as PNG and PDF with what they draw as CSV.
-A finished measurement is not made again; force=true does.
+A finished measurement is not made again; force=true does. out=FOLDER publishes report/ there as well.
 """
 
 
@@ -53,13 +54,25 @@ def main(argv: list[str]) -> int:
     asked = _asked(_settings(argv))
     if not asked.config["quiet"]:
         print(asked.line, flush=True)
+    out = asked.config.pop("out")
     outcome = collect(asked.config, asked.choices, asked.told)
     state = outcome.status if outcome.fresh else f"already {outcome.status}"
     print(f"{state}: {outcome.message}", flush=True)
     if outcome.status == "ok":
         print(report(outcome.run))
+        if out is not None:
+            _publish(outcome.run.report_dir, out)
     print(outcome.run.path)
     return 0 if outcome.status in ("ok", "diverged") else 1
+
+
+def _publish(report: Path, out: str) -> None:
+    import shutil
+
+    try:
+        shutil.copytree(report, out, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: cannot write {out}: {error}") from None
 
 
 def _settings(argv: list[str]) -> dict[str, str]:

@@ -451,7 +451,10 @@ def test_bench_writes_table_chart_and_numbers(tmp_path, capsys):
     assert all(row["milliseconds"] > 0 for row in saved["rows"])
     assert saved["rows"][0]["to_plain"] == saved["rows"][2]["to_torch"] == 1.0
     assert all(f"| {name} |" in told for name in names)
-    assert (tmp_path / "price" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "price" / "bench.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(names)
+    for suffix, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        assert (tmp_path / "price" / f"bench.{suffix}").read_bytes().startswith(magic)
     assert clipbench("bench", "--models", "resnet81") == 2
     assert "Did you mean 'resnet18'?" in capsys.readouterr().err
 

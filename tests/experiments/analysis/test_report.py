@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import json
 import math
 import re
 import shutil
@@ -145,6 +147,22 @@ def test_the_sweeps_that_made_it_are_the_commands(make_run, page, tmp_path):
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text('{"command": "clipbench run -m clipping=norm", "created": "2026"}')
     assert "clipbench run -m clipping=norm" in page("made").text
+
+
+def test_of_a_tuned_experiment_each_method_is_at_its_best(make_run, page, tmp_path):
+    for clipping, better in (("no_clip", 0.5), ("norm", 0.6)):
+        for seed, lr in itertools.product((0, 7, 8), (0.1, 0.2)):
+            if (seed, lr) != (7, 0.1):
+                final = better + lr + 0.01 * seed
+                make_run(final, seed=seed, clipping=clipping, settings={"optimizer.lr": lr})
+    sweep = tmp_path / "sweeps/made/0123456789ab"
+    sweep.mkdir(parents=True)
+    facts = {"command": "clipbench run", "created": "2026", "search": {"select_seeds": [0], "metric": None}}
+    (sweep / "sweep.json").write_text(json.dumps(facts))
+    cells = page("made").cells
+    at = cells.index("norm")  # of the first table, that of verdicts
+    assert cells[at + 1].startswith(("better", "no detectable difference"))
+    assert cells[at + 2].startswith("0.875 [")  # the mean of seeds 7 and 8 with lr=0.2
 
 
 def test_a_folder_and_several_experiments(make_runs, page, tmp_path):

@@ -44,6 +44,21 @@ def test_its_gaussian_control_is_not_heavy_and_said_to_be_done_the_second_time(c
     assert capsys.readouterr().out == told.replace("ok: 2000", "already ok: 2000")
 
 
+def test_a_report_is_published_when_asked(capsys, tmp_path):
+    few = ("tails", "task=quadratic", "samples=100", *SHORT)
+    assert clipbench(*few, "out=published/tails") == 0
+    (run,) = find_runs("results/tails")
+    names = {path.name for path in run.report_dir.iterdir()}
+    assert {path.name for path in (tmp_path / "published/tails").iterdir()} == names >= {"tails.json"}
+    assert "already ok" not in capsys.readouterr().out
+    assert clipbench(*few, "out=again") == 0  # of what was measured before
+    assert "already ok" in capsys.readouterr().out
+    assert (tmp_path / "again/tails.txt").exists()
+    (tmp_path / "file").touch()
+    assert clipbench(*few, "out=file/below") == 2
+    assert "out: cannot write file/below" in capsys.readouterr().err
+
+
 def test_few_batches_are_undecided(capsys):
     assert clipbench("tails", "task=quadratic", "samples=100", *SHORT) == 0
     told = capsys.readouterr().out

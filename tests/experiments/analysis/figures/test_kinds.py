@@ -9,6 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
+from experiments.analysis.compare import compare
 from experiments.analysis.figures.base import ended, select
 from experiments.analysis.figures.best_of import BestOf
 from experiments.analysis.figures.cost import PARTS, CostAnatomy
@@ -19,6 +20,7 @@ from experiments.analysis.figures.profile import BEYOND, PerformanceProfile
 from experiments.analysis.figures.sensitivity import Sensitivity
 from experiments.analysis.figures.target import TimesToTarget
 from experiments.analysis.figures.three_panels import ThreePanels
+from experiments.analysis.figures.verdicts import Verdicts
 from experiments.analysis.marks import mark, styled
 from experiments.analysis.render import read_table
 from experiments.analysis.stats import expected_best_of, mean_interval
@@ -368,3 +370,50 @@ def test_a_selection_that_leaves_nothing_names_what_is_there(make_run):
         select(results, {"clipping": "narm"})
     with pytest.raises(UserError, match=r"no run has task\.noize=student; these have none"):
         select(results, {"task.noize": "student"})
+
+
+class TestVerdicts:
+    COLA = Verdicts(title="verdicts", reference="no_clip")
+
+    def test_numbers_and_verdicts_are_those_of_compare(self, two_tasks):
+        compared = compare(two_tasks)
+        (rows,) = (table.rows for table in compared.tables if table.name == "tasks")
+        table = table_of(self.COLA, two_tasks[:15])
+        known = table[table["kind"] == "difference"].set_index("line")
+        for row in rows:
+            if row["task"] != "cola":
+                continue
+            assert known.loc[row["method"], "verdict"] == row["verdict"]
+            if row["method"] == "norm":
+                assert known.loc["norm", "value"] == pytest.approx(row["difference"])
+                assert known.loc["norm", "low"] == pytest.approx(row["difference_low"])
+                assert known.loc["norm", "p_holm"] == pytest.approx(row["p_holm"])
+        assert (table["kind"] == "run").sum() == 15
+        figure = drawn(self.COLA, table)
+        assert "2 of 5 diverged" in texts(figure)
+        assert "better" in texts(figure)
+        _, differences = figure.axes
+        (mean,) = [
+            line for line in differences.lines if list(line.get_ydata()) == [1] and len(line.get_xdata()) == 1
+        ]
+        assert mean.get_xdata()[0] == pytest.approx(known.loc["norm", "value"])
+        assert mean.get_markerfacecolor() == mark("norm").color  # filled: there is a verdict
+
+    def test_losses_by_their_ratio(self, two_tasks):
+        kind = Verdicts(title="loss", reference="auto_clip", labels={"quadratic": "noisy"})
+        table = table_of(kind, two_tasks[15:])
+        assert set(table["facet"]) == {"noisy"}
+        ratio = table[(table["kind"] == "ratio") & (table["line"] == "norm")].iloc[0]
+        assert 0 < ratio["low"] < ratio["value"] < ratio["high"] < 1
+        _, differences = drawn(kind, table).axes
+        assert differences.get_xscale() == "log"
+        assert "ratio of loss to auto_clip (lower is better)" in differences.get_xlabel()
+
+    def test_another_metric(self, two_tasks):
+        table = table_of(Verdicts(title="loss", reference="no_clip", metric="loss"), two_tasks[:10])
+        assert set(table["metric"]) == {"loss"}
+        assert set(table.loc[table["kind"] == "run", "value"]) == {1.0}
+
+    def test_a_reference_that_is_not_there(self, two_tasks):
+        with pytest.raises(UserError, match=r"there is no reference 'no_clp'; these are .*mean 'no_clip'"):
+            Verdicts(title="", reference="no_clp").table(ended(two_tasks[:10])[0])
