@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the published studies anew: scripts/reproduce.sh [STUDY ...], all by default, in about two hours on two cores.
-# Finished runs are not run again. results/README.md says what lies in .data/.
+# Makes the published studies anew: scripts/reproduce.sh [STUDY ...]; results/README.md names them, says how long each
+# takes on two cores, and what must lie in .data/. Finished runs are not run again.
 set -e
 export OMP_NUM_THREADS=1
 
@@ -14,6 +14,20 @@ adam() {
         "hydra.sweeper.space={optimizer.lr:'tag(log,interval($2))'}"
 }
 
+# EXPERIMENT REFERENCE SEEDS [OPTION ...]: the tables of a tuned experiment
+publish() {
+    experiment=$1 reference=$2 seeds=$3
+    shift 3
+    clipbench compare --experiment "$experiment" --tuned-at "$seeds" --reference "$reference" "$@" \
+        --tables --out "results/$experiment"
+}
+
+mini_comparison() {
+    run experiment=mini_comparison preset=mini task=cola,imagenet,voc,reddit seed=0,1 \
+        clipping=no_clip,norm,linear_rand_norm,quadratic_rand_norm,layer_wise,coordinate_wise,auto_clip,linear_rand_autoclip,quadratic_rand_autoclip
+    clipbench compare --experiment mini_comparison --tables --out results/mini_comparison
+}
+
 regression() {
     for method in sgd adam clipped_sgd sstm; do
         run experiment=regression_$method seed=0,1,2,3,4 keep=none quiet=true
@@ -22,6 +36,7 @@ regression() {
     adam regression 1e-5,1e-1
     run experiment=regression optimizer=sstm 'hydra.sweeper.methods=[norm]' optimizer.L=1.0 \
         optimizer.a_k_ratio_upper_bound=1.0
+    publish regression "sgd no_clip" 0,1
 }
 
 expectation() {
@@ -40,6 +55,9 @@ quadratic() {
         clipping=zclip,adagc,adaclip,adagn,stable_spam,spam,spike_guard,normalized,uclip,agc,smooth,smooth_sqrt
     run experiment=tune_quadratic task.noise=student
     run experiment=tune_quadratic task.noise=gaussian
+    clipbench list runs --experiment quadratic_grid --columns optimizer.lr --out results/quadratic_grid \
+        --rows 'task.noise,clipping,clipping.threshold|clipping.percentile|clipping.norm|clipping.theta'
+    clipbench compare --experiment tune_quadratic --tuned-at 0-2 --tables --out results/quadratic_grid
 }
 
 cola() {
@@ -52,28 +70,43 @@ cola() {
         max_steps=223 eval_every=22 keep=last quiet=true
     run experiment=cola
     adam cola 1e-4,1e-1
+    publish cola "sgd no_clip" 0,1
+    clipbench tails task=cola $head data_dir=.data/cola_public/cola_public out=results/cola/tails_before
+    clipbench tails checkpoint="$(echo results/runs/cola_adam/cola-frozen/adam-no_clip/*/seed=0)" \
+        data_dir=.data/cola_public/cola_public out=results/cola/tails_after
 }
 
 imagenet() {
     run experiment=imagenet
     adam imagenet 1e-4,1e-1
+    publish imagenet "sgd no_clip" 0,1
 }
 
 voc() {
     run experiment=voc
     adam voc 1e-4,1e-1
+    publish voc "sgd no_clip" 0,1 --metric loss
 }
 
 reddit() {
     run experiment=reddit
     adam reddit 1e-4,1e-1
+    publish reddit "sgd no_clip" 0,1
 }
 
 reddit_sum() {
     run experiment=reddit_sum
     adam reddit_sum 1e-5,1e-1
+    publish reddit_sum "sgd no_clip" 0,1
 }
 
-for study in ${@:-expectation regression quadratic cola imagenet voc reddit reddit_sum}; do
+cost() {
+    clipbench bench --threads 2 --rounds 7
+    clipbench bench --threads 1 --rounds 15 --models resnet18,bert-base \
+        --methods norm,auto_clip,layer_wise,coordinate_wise --out results/bench_one_thread
+}
+
+for study in ${@:-mini_comparison expectation regression quadratic cola imagenet voc reddit reddit_sum cost}; do
     $study
 done
+clipbench figures
