@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.sweeps import Sweep, find_sweeps
+from experiments.training.presets import conf_dir
 from experiments.trials import trials_of
 
 METHODS = "hydra.sweeper.methods=[no_clip,norm,auto_clip]"
@@ -94,6 +95,27 @@ def test_every_method_gets_the_same(clipbench, capsys):
     assert "| norm |" in (sweep.path / "best.md").read_text()
     assert (sweep.path / "comparison.png").exists()
     assert f"tuned: {sweep.path / 'best.md'}" in capsys.readouterr().out
+
+
+def test_the_report_has_the_defaults_of_the_preset_that_the_experiment_names(clipbench, mine, tmp_path):
+    """Trials and report are composed at different times; the device's preset has another scheduler."""
+    argv = mine("{optimizer.lr: [0.01, 0.1]}", 2)
+    mini = (conf_dir() / "preset/quadratic/mini.yaml").read_text()
+    for path, text in (
+        ("preset/quadratic/other.yaml", mini.replace("scheduler: constant", "scheduler: linear")),
+        (
+            "experiment/mine.yaml",
+            (tmp_path / "conf/experiment/mine.yaml")
+            .read_text()
+            .replace("quadratic\n", "quadratic\n  - override /preset: quadratic/other\n"),
+        ),
+    ):
+        (tmp_path / "conf" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / path).write_text(text)
+    assert clipbench(*argv, "hydra.sweeper.methods=[norm]") == 0
+    jobs = the_sweep().jobs()
+    assert {job.trial["phase"] for job in jobs} == {"select", "report", "default"}
+    assert {(job.choices["preset"], job.choices["scheduler"]) for job in jobs} == {("quadratic/other", "linear")}
 
 
 def test_more_trials_report_again_only_what_is_another_best(clipbench, monkeypatch):
