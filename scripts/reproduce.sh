@@ -42,6 +42,9 @@ regression() {
 expectation() {
     run experiment=expectation preset=mini task.noise=normal,exponential,weibull,burr clipping=no_clip,norm \
         seed=0,1,2,3,4
+    for metric in median max; do  # of the loss over the second half
+        clipbench compare --experiment expectation --metric $metric --tables --out results/expectation/$metric
+    done
 }
 
 quadratic() {
