@@ -165,7 +165,7 @@ def draw(table: pd.DataFrame) -> Figure:
     right.set_title("at the report seeds: default and tuned")
     finite = table["value"][np.isfinite(table["value"])]
     if base.is_wide(finite, ratio=10):
-        base.log_y(left)
+        base.log_scale(left)
         right.set_xscale("log", nonpositive="clip")  # an interval may reach below 0
     base.quiet_grid(left)
     base.quiet_grid(right, "x")

@@ -245,14 +245,15 @@ def explain(figure: Figure, told: str) -> None:
     figure.set_label(told)
 
 
-def log_y(axes: Axes) -> None:
+def log_scale(axes: Axes, axis: str = "y") -> None:
     """Log scale with plain numbers, at 1, 2 and 5 times powers of ten where it spans little."""
-    axes.set_yscale("log", nonpositive="mask")
-    low, high = axes.get_ylim()
+    getattr(axes, f"set_{axis}scale")("log", nonpositive="mask")
+    of_axis = getattr(axes, f"{axis}axis")
+    low, high = of_axis.get_view_interval()
     digits = "125" if high < 50 * low else "1"
-    axes.yaxis.set_major_locator(LogLocator(subs=[int(digit) for digit in digits]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    of_axis.set_major_locator(LogLocator(subs=[int(digit) for digit in digits]))
+    of_axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    of_axis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure: Figure, entries: Mapping[str, Mark], *, markers: bool = True, **extra: Line2D) -> None:

@@ -98,7 +98,7 @@ class BestOf:
             self._draw_panel(axes, shown, drawn)
             axes.set_title(facet)
             if wide:
-                base.log_y(axes)
+                base.log_scale(axes)
         metric, better = table["metric"].iloc[0], table["better"].iloc[0]
         panels[0].set_ylabel(f"final {metric}{', log scale' if wide else ''} ({better} is better)")
         tried = table.groupby("line")["tried"].max()

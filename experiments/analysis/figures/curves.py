@@ -159,7 +159,7 @@ class Curves:
                     points["x"].iloc[-1], points["value"].iloc[-1], color=VERMILION, marker="x", clip_on=False
                 )
         if column in self.log:
-            base.log_y(axes)
+            base.log_scale(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(x=0.02)
         base.quiet_grid(axes)

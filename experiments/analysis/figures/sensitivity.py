@@ -102,7 +102,7 @@ class Sensitivity:
         metric, better = table["metric"].iloc[0], table["better"].iloc[0]
         panels[1, 0].set_ylabel(f"final {metric}{', log scale' if log else ''} ({better} is better)")
         if log:
-            base.log_y(panels[1, 0])
+            base.log_scale(panels[1, 0])
         base.legend(figure, drawn)
         told = "Marker: median over seeds; bar: their range"
         if self.best_over:

@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.analysis import stats
 from experiments.analysis.entries import Entry, by_task
 from experiments.analysis.figures import base
 from experiments.analysis.marks import Mark
 from experiments.analysis.methods import Result
-from experiments.analysis.style import QUIET
 from experiments.errors import UserError, nearest
 
 REFERENCE = "reference"
@@ -98,17 +97,10 @@ class Verdicts:
             self._draw_differences(right, shown, drawn)
             if len(facets) > 1:
                 left.set_title(facet)
-        looks = {
-            "a run": {"marker": "o", "alpha": 0.45, "linestyle": ""},
-            "mean, 95 % interval": {"marker": "o", "linestyle": "-"},
-            "no detectable difference": {"marker": "o", "markerfacecolor": "white", "linestyle": "-"},
-        }
-        handles = [Line2D([], [], color=QUIET, label=name, **how) for name, how in looks.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         base.explain(
             figure,
-            f"Right: paired by seed with {self.reference}, t-intervals; verdicts at "
-            f"{stats.ALPHA:g} after Holm over the methods.",
+            "Left: each run, below it mean and 95 % interval of the method. Right: paired by seed with "
+            f"{self.reference}, t-intervals, hollow without a verdict, at {stats.ALPHA:g} after Holm.",
         )
         return figure
 
@@ -124,8 +116,7 @@ class Verdicts:
                 if mean.diverged:
                     at = {"xycoords": ("axes fraction", "data"), "ha": "right", "fontsize": "small"}
                     axes.annotate(f"{mean.diverged:.0f} of {mean.n:.0f} diverged", (0.99, place), **at)
-        if wide:
-            axes.set_xscale("log")
+        _scale(axes, log=wide)
         axes.set_yticks(range(len(drawn)), list(drawn))
         axes.set_ylim(len(drawn) - 0.4, -0.6)
         row = shown.iloc[0]
@@ -146,14 +137,22 @@ class Verdicts:
             at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": "small"}
             weight = "bold" if told else "normal"
             axes.annotate(row["verdict"], (1.02, place), annotation_clip=False, fontweight=weight, **at)
-        if ratio:
-            axes.set_xscale("log")
+        _scale(axes, log=ratio)
         row = shown.iloc[0]
         axes.set_yticks(range(len(drawn)), [])
         axes.set_ylim(len(drawn) - 0.4, -0.6)
         what = "ratio of" if ratio else "difference in"
         axes.set_xlabel(f"{what} {row['metric']} to {self.reference} ({row['better']} is better)")
         base.quiet_grid(axes, "x")
+
+
+def _scale(axes: Axes, *, log: bool) -> None:
+    """Plain numbers, few enough to be read."""
+    if log:
+        base.log_scale(axes, "x")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _interval(interval: stats.Interval) -> dict[str, float]:

@@ -115,7 +115,9 @@ def test_the_report_has_the_defaults_of_the_preset_that_the_experiment_names(cli
     assert clipbench(*argv, "hydra.sweeper.methods=[norm]") == 0
     jobs = the_sweep().jobs()
     assert {job.trial["phase"] for job in jobs} == {"select", "report", "default"}
-    assert {(job.choices["preset"], job.choices["scheduler"]) for job in jobs} == {("quadratic/other", "linear")}
+    assert {(job.choices["preset"], job.choices["scheduler"]) for job in jobs} == {
+        ("quadratic/other", "linear")
+    }
 
 
 def test_more_trials_report_again_only_what_is_another_best(clipbench, monkeypatch):
