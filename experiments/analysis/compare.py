@@ -66,7 +66,7 @@ def compare(
         told = f", but {'; '.join(unfinished)}" if unfinished else ""
         raise UserError(f"there is no finished run to compare{told}")
     identify(results, allow_mixed=allow_mixed)
-    chosen = [result for result in results if seeds is None or result.seed in seeds]
+    chosen = [result for result in results if seeds is None or result.seed in {*seeds, *tuned_at}]
     if not chosen:
         known = sorted({result.seed for result in results})
         raise UserError(f"--seeds: no run has one of {_listed(seeds)}; there are {_listed(known)}")
@@ -104,9 +104,10 @@ def _compare_tuned(
         across_table(tuned, references, goals),
     ]
     if untuned:
-        as_they_come = task_table(untuned, _references(untuned, reference))
-        tables.append(replace(as_they_come, name="untuned", title="Untuned, as the preset has them"))
-    tables.append(tuning_table(tried))
+        there = any(reference in (entry.method, entry.names["clipping"]) for entry in untuned)
+        as_they_are = task_table(untuned, _references(untuned, reference if there else None))
+        tables.append(replace(as_they_are, name="untuned", title="Settings that nobody tuned"))
+    tables.append(tuning_table(tried, by_mean=True))
     every_run = runs_table([*tuned, *untuned, *tried])
     return Comparison(tuned, [table for table in tables if table], every_run)
 

@@ -63,6 +63,11 @@ class Entry:
         return float(np.median(self.final))
 
     @property
+    def mean(self) -> float:
+        """Of ``final``; infinite where a run diverged."""
+        return float(np.mean(self.final))
+
+    @property
     def surroundings(self) -> dict[str, str]:
         """What of ``details`` is no setting of the clipping."""
         return {path: word for path, word in self.details.items() if not path.startswith("clipping.")}

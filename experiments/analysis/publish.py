@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.analysis.chosen import choose
+from experiments.analysis.chosen import Chosen, choose
 from experiments.analysis.figures import base
 from experiments.analysis.figures.plan import Plan
 from experiments.analysis.methods import Result, identify
@@ -35,7 +35,7 @@ class Made:
     csv: bytes
     caption: str
     runs: dict[str, str]
-    """Path below runs/ -> status and digest of what is in it."""
+    """Path below runs/ -> status and digest of what is in it: those drawn, and those these were chosen of."""
     seeds: str
     codes: list[str]
     """Versions of the code that made the runs."""
@@ -68,15 +68,17 @@ def make(plan: Plan, results: Sequence[Result], others: Sequence[Result]) -> Mad
         if all(base.has(result, path, values) for path, values in wanted.items())
     ]
     _refuse_mixtures(results)
+    tried, how = [], ""
     if plan.tuned:
-        identify(results, allow_mixed=True)
-        results = choose(results, plan.tuned["seeds"], plan.tuned.get("metric")).tuned
+        identify(results, allow_mixed=False)
+        chosen = choose(results, plan.tuned["seeds"], plan.tuned.get("metric"))
+        results, tried, how = chosen.tuned, chosen.tried, _how_chosen(chosen, plan.tuned)
     table = plan.kind.table(results)
     seeds = seeds_of(results)
     return Made(
         csv=table.to_csv(index=False, lineterminator="\n").encode(),
-        caption=_caption(plan, results, seeds, unfinished),
-        runs={path_of(result.run): _content(result) for result in results},
+        caption=_caption(plan, results, seeds, how, unfinished),
+        runs={path_of(result.run): _content(result) for result in [*results, *tried]},
         seeds=seeds,
         codes=sorted({result.summary["code"] or "unknown" for result in results}),
         unfinished=unfinished,
@@ -91,6 +93,14 @@ def _refuse_mixtures(results: Sequence[Result]) -> None:
         found = sorted({value(result) for result in results})
         if len(found) > 1:
             raise UserError(f"runs of {name} {' and '.join(found)} share no figure: select one under runs:")
+
+
+def _how_chosen(chosen: Chosen, tuned: Mapping[str, Any]) -> str:
+    least, most = min(chosen.tries), max(chosen.tries)
+    settings = f"{most} settings" if least == most else f"{least} to {most} settings"
+    seeds = " and ".join(map(str, tuned["seeds"]))
+    by = f" by {tuned['metric']}" if tuned.get("metric") else ""
+    return f"each the best of {settings} tried at seeds {seeds}{by}"
 
 
 def path_of(run: Run) -> str:
@@ -116,7 +126,7 @@ def seeds_of(results: Iterable[Result]) -> str:
     return f"{most} seed{'s' if most > 1 else ''}" if least == most else f"{least} to {most} seeds"
 
 
-def _caption(plan: Plan, results: Sequence[Result], seeds: str, unfinished: Sequence[str]) -> str:
+def _caption(plan: Plan, results: Sequence[Result], seeds: str, how: str, unfinished: Sequence[str]) -> str:
     """What was run, on which data, how often, where."""
     tasks = dict.fromkeys(f"{result.names['task']} ({result.names['preset']} preset)" for result in results)
     data = "generated data" if any(r.settings.get("task.source") == "embedded" for r in results) else ""
@@ -124,7 +134,7 @@ def _caption(plan: Plan, results: Sequence[Result], seeds: str, unfinished: Sequ
     parts = [
         ", ".join(tasks) + (f": {plan.note or data}" if plan.note or data else ""),
         f"{seeds} each",
-        *(["each at the best of its settings, chosen at other seeds"] if plan.tuned else []),
+        *([how] if how else []),
         ", ".join([f"{len(results)} runs", *(f"{count} {status}" for status, count in lost.items())]),
         *([f"{len(unfinished)} more not finished and not drawn"] if unfinished else []),
         where_of(results),

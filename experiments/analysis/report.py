@@ -142,11 +142,12 @@ def _tables(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> tuple[list[HtmlTabl
     searches = [sweep.facts().get("search") or {} for sweep in sweeps]
     seeds = {tuple(map(int, search.get("select_seeds", ()))) for search in searches}
     metrics = {search.get("metric") for search in searches}
+    alike = len(seeds) == len(metrics) == 1 and all(
+        search.get("by", "final") == "final" for search in searches
+    )
+    tuned = {"tuned_at": seeds.pop(), "metric": metrics.pop()} if alike else {}
     try:
-        if len(seeds) == len(metrics) == 1:
-            tables = compare(runs, tuned_at=seeds.pop(), metric=metrics.pop()).tables
-        else:
-            tables = compare(runs).tables
+        tables = compare(runs, **tuned).tables
     except UserError as error:
         return [], str(error)
     # What a reader wants first: verdicts, those of a table that one can overlook before others.

@@ -19,12 +19,17 @@ FEWEST_WITH_EDGES = 3
 """Of two values the better is always on an edge."""
 
 
-def tuning_table(entries: Sequence[Entry]) -> Table | None:
-    """One row for each task, optimizer and clipping with more than one setting; None if there is none."""
+def tuning_table(entries: Sequence[Entry], *, by_mean: bool = False) -> Table | None:
+    """One row for each task, optimizer and clipping with more than one setting; None if there is none.
+
+    Args:
+        entries: of all settings.
+        by_mean: whether the mean over the seeds counts, as where the best was chosen by it, not the median.
+    """
     groups = defaultdict(list)
     for entry in entries:
         groups[entry.task, entry.names["optimizer"], entry.names["clipping"]].append(entry)
-    rows = [_row(group) for group in groups.values() if len(group) > 1]
+    rows = [_row(group, by_mean=by_mean) for group in groups.values() if len(group) > 1]
     if not rows:
         return None
     columns: dict[str, str | Show] = {
@@ -35,7 +40,8 @@ def tuning_table(entries: Sequence[Entry]) -> Table | None:
         "best on the edge of": "best on the edge of",
     }
     notes = (
-        "of each setting the median over seeds; the best is chosen on these same seeds, and flatters itself",
+        f"of each setting the {'mean' if by_mean else 'median'} over seeds; the best is chosen on these same "
+        "seeds, and flatters itself",
         "best of k: expected best of k of these settings drawn at random; one that diverged counts as a "
         "model that learned nothing",
         "lr sensitivity: mean shortfall from the best over the learning rates; usable: within 5% of the best",
@@ -44,17 +50,18 @@ def tuning_table(entries: Sequence[Entry]) -> Table | None:
     return Table("tuning", "Settings tried", rows, columns, notes)
 
 
-def _row(group: list[Entry]) -> Row:
+def _row(group: list[Entry], *, by_mean: bool) -> Row:
     """Of entries that differ in their settings only."""
     sign = 1 if group[0].higher_is_better else -1
     nothing = nothing_learned(group)
-    scores = stats.to_scores([entry.median for entry in group], group[0].higher_is_better)
+    values = [entry.mean if by_mean else entry.median for entry in group]
+    scores = stats.to_scores(values, group[0].higher_is_better)
     learned = np.maximum(scores, nothing)
     best = group[int(np.argmax(scores))]
     row = {
         **{"task": best.task, "optimizer": best.names["optimizer"], "clipping": best.names["clipping"]},
         **{"metric": best.metric, "tried": len(group)},
-        **{"best settings": " ".join(best.details.values()), "best": best.median},
+        **{"best settings": " ".join(best.details.values()), "best": values[int(np.argmax(scores))]},
         **{f"best of {k}": sign * stats.expected_best_of(learned, k) for k in BEST_OF},
         **dict.fromkeys(("lr sensitivity", "usable lr decades", "best on the edge of")),
     }

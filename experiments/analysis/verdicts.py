@@ -176,13 +176,20 @@ def task_table(entries: Sequence[Entry], references: Mapping[Entry, Entry]) -> T
     return Table("tasks", "Task by task", rows, columns, tuple(notes))
 
 
-def _task_rows(entries: Sequence[Entry], references: Mapping[Entry, Entry]) -> list[Row]:
+def judged_against(
+    entries: Sequence[Entry], references: Mapping[Entry, Entry]
+) -> dict[Entry, stats.Judgement]:
+    """What to say of the entries of one task that have a reference other than themselves."""
     others = [entry for entry in entries if references.get(entry, entry) is not entry]
     pairs = []
     for entry in others:
         shared = sorted(set(entry.seeds) & set(references[entry].seeds))
         pairs.append((entry.at(shared), references[entry].at(shared)))
-    judged = dict(zip(others, stats.judge(pairs, entries[0].higher_is_better), strict=True))
+    return dict(zip(others, stats.judge(pairs, entries[0].higher_is_better), strict=True))
+
+
+def _task_rows(entries: Sequence[Entry], references: Mapping[Entry, Entry]) -> list[Row]:
+    judged = judged_against(entries, references)
     return [_task_row(entry, references.get(entry), judged.get(entry)) for entry in entries]
 
 

@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     if args.format not in FORMATS:
         choices = f"{', '.join(FORMATS)}, got {args.format!r}.{nearest(args.format, FORMATS)}"
         raise UserError(f"--format must be one of {choices}")
+    if args.tables and not args.out:
+        raise UserError("--tables goes with --out FOLDER")
     targets = None if args.target is None else _targets(args.target)
     seeds = None if args.seeds is None else _seeds("--seeds", args.seeds)
     tuned_at = set() if args.tuned_at is None else _seeds("--tuned-at", args.tuned_at)

@@ -55,13 +55,15 @@ def main(argv: list[str]) -> int:
     if not asked.config["quiet"]:
         print(asked.line, flush=True)
     out = asked.config.pop("out")
+    if out is not None and Path(str(out)).is_file():
+        raise UserError(f"out must be a folder, got the file {out}")
     outcome = collect(asked.config, asked.choices, asked.told)
     state = outcome.status if outcome.fresh else f"already {outcome.status}"
     print(f"{state}: {outcome.message}", flush=True)
     if outcome.status == "ok":
         print(report(outcome.run))
         if out is not None:
-            _publish(outcome.run.report_dir, out)
+            _publish(outcome.run.report_dir, str(out))
     print(outcome.run.path)
     return 0 if outcome.status in ("ok", "diverged") else 1
 

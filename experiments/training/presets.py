@@ -127,15 +127,15 @@ class Presets:
         )
 
     def _of_experiment(self, task: str) -> str | None:
-        """The preset of ``task`` that the launch's experiment names; None if it leaves that open."""
+        """The preset of ``task`` that the experiment's own file names as ``TASK/NAME``; None without one."""
         import yaml
 
         try:
             path = self._file("experiment", f"{self.given['experiment']}.yaml")
             defaults = yaml.safe_load(path.read_text())["defaults"]
+            named = [one.get(OVERRIDE_PRESET) for one in defaults if isinstance(one, dict)]
         except (KeyError, StopIteration, TypeError, yaml.YAMLError):  # Hydra says what is wrong with it
             return None
-        named = [one.get(OVERRIDE_PRESET) for one in defaults if isinstance(one, dict)]
         names = [str(name).removeprefix(f"{task}/") for name in named if str(name).startswith(f"{task}/")]
         return names[-1] if names else None
 

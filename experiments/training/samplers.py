@@ -51,7 +51,7 @@ class Search(ABC):
     @classmethod
     def load(cls, plain: dict[str, Any]) -> Self:
         """The search that ``dump`` made these values of."""
-        return cls(**plain)
+        return cls(**{"metric": None, **plain})
 
     def dump(self) -> dict[str, Any]:
         """Its values."""
@@ -83,7 +83,9 @@ class Sobol(Search):
 
     @classmethod
     def load(cls, plain: dict[str, Any]) -> Self:
-        return cls(**plain | {"dimensions": [Dimension(**one) for one in plain["dimensions"]]})
+        return cls(
+            **{"metric": None, **plain} | {"dimensions": [Dimension(**one) for one in plain["dimensions"]]}
+        )
 
     def dump(self) -> dict[str, Any]:
         return asdict(self) | {"dimensions": [one._asdict() for one in self.dimensions]}

@@ -31,7 +31,7 @@ class Tuning(Search):
 
     @classmethod
     def load(cls, plain: dict[str, Any]) -> Self:
-        return cls(**plain | {"space": [Dimension(**one) for one in plain["space"]]})
+        return cls(**{"metric": None, **plain} | {"space": [Dimension(**one) for one in plain["space"]]})
 
     def dump(self) -> dict[str, Any]:
         return asdict(self) | {"space": [one._asdict() for one in self.space]}

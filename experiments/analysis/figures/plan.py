@@ -101,9 +101,11 @@ def read_plan(path: Path) -> Plan:
 
 
 def _tuned(path: Path, tuned: Any) -> dict[str, Any]:
-    seeds = tuned.get("seeds") if isinstance(tuned, dict) and not set(tuned) - set(TUNED_KEYS) else None
-    if tuned and not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
-        raise UserError(f"{path}: tuned takes seeds, a list of them, and metric, got {tuned!r}")
+    known = isinstance(tuned, dict) and not set(tuned) - set(TUNED_KEYS)
+    seeds = tuned.get("seeds") if known else None
+    listed = isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)
+    if tuned and not (listed and isinstance(tuned.get("metric"), str | None)):
+        raise UserError(f"{path}: tuned takes seeds, a list of them, and a metric's name, got {tuned!r}")
     return tuned
 
 

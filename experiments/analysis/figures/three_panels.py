@@ -33,9 +33,8 @@ class ThreePanels:
     def table(self, results: Sequence[Result]) -> pd.DataFrame:
         """A row for each point of a line, each cross and each beginning of an epoch."""
         metric, higher_is_better = base.metric_of(results, self.metric)
-        return comparison_table(
-            curves(base.entries(results, self.lines, self.labels)), metric, higher_is_better
-        )
+        entries = base.entries(results, self.lines, self.labels, metric=self.metric)
+        return comparison_table(curves(entries), metric, higher_is_better)
 
     def draw(self, table: pd.DataFrame) -> Figure:
         """The three panels."""

@@ -17,9 +17,8 @@ from experiments.analysis.entries import Entry, by_task
 from experiments.analysis.figures import base
 from experiments.analysis.marks import Mark
 from experiments.analysis.methods import Result
+from experiments.analysis.verdicts import REFERENCE, judged_against
 from experiments.errors import UserError, nearest
-
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +57,7 @@ class Verdicts:
                 f"{nearest(self.reference, known)}"
             )
         reference = known[self.reference]
-        others = [entry for entry in entries if entry is not reference]
-        shared = [sorted(set(entry.seeds) & set(reference.seeds)) for entry in others]
-        pairs = [(entry.at(seeds), reference.at(seeds)) for entry, seeds in zip(others, shared, strict=True)]
-        judged = dict(zip(others, stats.judge(pairs, reference.higher_is_better), strict=True))
+        judged = judged_against(entries, dict.fromkeys(entries, reference))
         rows: list[dict[str, object]] = []
         for entry in entries:
             told = {
@@ -107,15 +103,19 @@ class Verdicts:
     def _draw_runs(self, axes: Axes, shown: pd.DataFrame, drawn: Mapping[str, Mark]) -> None:
         runs, means = (shown[shown["kind"] == kind] for kind in ("run", "mean"))
         wide = base.is_wide(runs["value"])
+        # On a log scale an interval that reaches below 0 goes on to the edge.
+        edge = 0.5 * runs["value"][runs["value"] > 0].min() if wide else -math.inf
         for place, (line, how) in enumerate(drawn.items()):
             values = runs.loc[runs["line"] == line, "value"]
             values = values[np.isfinite(values)]
             axes.plot(values, [place] * len(values), "o", color=how.color, alpha=0.45, markersize=4)
             for mean in means[means["line"] == line].itertuples():
-                _whisker(axes, mean, place + 0.28, how.color, filled=True)
+                _whisker(axes, mean, place + 0.28, how.color, filled=True, edge=edge)
                 if mean.diverged:
                     at = {"xycoords": ("axes fraction", "data"), "ha": "right", "fontsize": "small"}
                     axes.annotate(f"{mean.diverged:.0f} of {mean.n:.0f} diverged", (0.99, place), **at)
+        if wide:
+            axes.set_xlim(left=edge)
         _scale(axes, log=wide)
         axes.set_yticks(range(len(drawn)), list(drawn))
         axes.set_ylim(len(drawn) - 0.4, -0.6)
@@ -159,10 +159,12 @@ def _interval(interval: stats.Interval) -> dict[str, float]:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
 
 
-def _whisker(axes: Axes, row: pd.Series, place: float, color: str, *, filled: bool) -> None:
-    """A point with its interval; nothing where there is no number."""
+def _whisker(
+    axes: Axes, row: pd.Series, place: float, color: str, *, filled: bool, edge: float = -math.inf
+) -> None:
+    """A point with its interval, as far as the edge; nothing where there is no number."""
     if not math.isfinite(row.value):
         return
     if math.isfinite(row.low):
-        axes.plot([row.low, row.high], [place, place], color=color, linewidth=1.4)
+        axes.plot([max(row.low, edge), row.high], [place, place], color=color, linewidth=1.4)
     axes.plot(row.value, place, "o", color=color, markerfacecolor=color if filled else "white")

@@ -7,7 +7,7 @@ import pytest
 from experiments.analysis.chosen import choose
 from experiments.analysis.compare import compare
 from experiments.analysis.figures.base import ended
-from experiments.analysis.figures.plan import read_plan
+from experiments.analysis.figures.plan import Plan, read_plan
 from experiments.analysis.figures.three_panels import ThreePanels
 from experiments.analysis.methods import finished, identify
 from experiments.analysis.publish import make, runs_of
@@ -96,6 +96,44 @@ def test_compared(tuned, tmp_path):
     assert {row["seed"] for row in comparison.runs.rows} == {*SELECT, *REPORT}
 
 
+def test_the_table_of_trials_names_the_setting_that_is_reported(make_run, tmp_path):
+    """By the mean, though the median of the other is larger."""
+    for lr, finals in ((0.2, (0.5, 0.5, 0.5)), (0.3, (0.6, 0.6, 0.0))):
+        for seed, final in enumerate((*finals, 0.5, 0.5)):
+            make_run(final, seed=seed, settings={"optimizer.lr": lr})
+    comparison = compare(runs_of_all(tmp_path), tuned_at=(0, 1, 2))
+    (tried,), (raw,) = rows(comparison, "tuning"), rows(comparison, "raw")
+    assert (tried["best settings"], raw["settings"]) == ("lr=0.2", "lr=0.2")
+
+
+def test_what_nobody_tuned_is_not_thrown_together(make_run, tuned, tmp_path):
+    for seed in REPORT:
+        make_run(0.9, seed=seed, settings={"optimizer.lr": 0.7}, clipping="norm")
+    untuned = {row["method"]: row for row in rows(compare(runs_of_all(tmp_path), tuned_at=SELECT), "untuned")}
+    assert {name: row["mean"] for name, row in untuned.items() if "norm" in name} == {
+        "sgd norm lr=0.1": pytest.approx(0.1),
+        "sgd norm lr=0.7": pytest.approx(0.9),
+    }
+
+
+def test_a_default_that_was_a_trial_as_well(make_run, tmp_path):
+    """The reference has no untuned setting of its own then."""
+    for clipping, seeds in (("no_clip", (*SELECT, *REPORT)), ("norm", REPORT)):
+        for seed in seeds:
+            make_run(0.5 + 0.01 * seed, seed=seed, clipping=clipping)
+    for seed in (*SELECT, *REPORT):
+        make_run(0.6, seed=seed, clipping="norm", settings={"optimizer.lr": 0.2})
+    comparison = compare(runs_of_all(tmp_path), tuned_at=SELECT, reference="no_clip")
+    assert {row["method"] for row in rows(comparison, "tasks")} == {"no_clip", "norm"}
+    (untuned,) = rows(comparison, "untuned")
+    assert (untuned["method"], untuned["verdict"]) == ("norm", None)
+
+
+def test_seeds_to_compare_are_beside_those_to_choose_by(tuned, tmp_path):
+    comparison = compare(runs_of_all(tmp_path), tuned_at=SELECT, seeds={8, 9}, reference="sgd no_clip")
+    assert {row["seeds"] for row in rows(comparison, "tasks")} == {2}
+
+
 def test_drawn(tuned, tmp_path):
     path = tmp_path / "figure.yaml"
     path.write_text(
@@ -104,21 +142,45 @@ def test_drawn(tuned, tmp_path):
     )
     plan = read_plan(path)
     made = make(plan, *ended(runs_of(plan, tmp_path)))
-    assert len(made.runs) == 9
-    assert "3 seeds each; each at the best of its settings, chosen at other seeds; 9 runs" in made.caption
+    assert len(made.runs) == 9 + 2 * 5  # with those that they were chosen of
+    assert "3 seeds each; each the best of 1 to 2 settings tried at seeds 0 and 1; 9 runs" in made.caption
     assert b"sgd norm" in made.csv
     assert plan.drawn_as["tuned"] == {"seeds": [0, 1]}
 
 
-@pytest.mark.parametrize("tuned", ["[0, 1]", "{seeds: 0}", "{seeds: [a]}", "{at: [0]}"])
+@pytest.mark.parametrize(
+    "tuned", ["[0, 1]", "{seeds: 0}", "{seeds: []}", "{seeds: [a]}", "{at: [0]}", "{seeds: [0], metric: [x]}"]
+)
 def test_a_figure_whose_choice_makes_no_sense(tmp_path, tuned):
     path = tmp_path / "figure.yaml"
     path.write_text(f"experiment: made\ntuned: {tuned}\nfigure: {{_target_: x}}\n")
-    with pytest.raises(UserError, match="tuned takes seeds, a list of them, and metric, got"):
+    with pytest.raises(UserError, match="tuned takes seeds, a list of them, and a metric's name, got"):
         read_plan(path)
 
 
+def test_a_figure_of_unlike_budgets_is_refused(make_run, tmp_path):
+    for clipping, steps in (("no_clip", 40), ("norm", 80)):
+        for seed in (*SELECT, *REPORT):
+            make_run(0.5, seed=seed, clipping=clipping, settings={"max_steps": steps})
+    kind = ThreePanels(title="tuned")
+    plan = Plan("tuned", "made", {}, {"seeds": [0, 1]}, {}, (), "", kind)
+    with pytest.raises(UserError, match="these runs differ in their max_steps"):
+        make(plan, *ended(runs_of(plan, tmp_path)))
+
+
+def test_a_setting_with_a_failed_run_is_not_chosen(results):
+    best = [result for result in results if result.settings["optimizer.lr"] == 0.2]
+    for result in best:
+        if result.seed == 1 and result.names["clipping"] == "norm":
+            result.summary["status"] = "error"
+    assert "sgd norm" not in {result.method for result in choose(best, SELECT).tuned}
+
+
 def test_refused(results):
+    with pytest.raises(
+        UserError, match=r"no run has the metric 'mc'; these have loss, mcc\. Did you mean 'mcc'"
+    ):
+        choose(results, SELECT, "mc")
     with pytest.raises(UserError, match="no setting has finished runs at all of the seeds 0, 1, 2 to be"):
         choose(results, (0, 1, 2))
     with pytest.raises(UserError, match="is the best of no_clip, and has runs at no other seeds to report"):

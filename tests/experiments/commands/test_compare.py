@@ -90,6 +90,20 @@ def test_out(capsys, tmp_path):
     }
 
 
+def test_only_tables_of_what_was_tuned(capsys, tmp_path):
+    out = tmp_path / "out"
+    argv = ("--experiment", "quadratic_grid", "--tuned-at", "0", "--tables", "--out", str(out))
+    assert clipbench(*argv) == 0
+    assert "Settings tried" not in capsys.readouterr().out  # one of each method
+    assert not list(out.glob("comparison*"))
+    (row,) = [
+        row for row in json.loads((out / "compare.json").read_text())[1]["rows"] if row["method"] == "norm"
+    ]
+    assert row["pairs"] == 1  # seed 1
+    assert clipbench(*argv[:-2]) == 2
+    assert "--tables goes with --out" in capsys.readouterr().err
+
+
 REFUSED = {
     "": "name folders of runs, or an --experiment: results/runs has adhoc, quadratic_grid",
     "--experiment quadratic": "results/runs has adhoc, quadratic_grid. Did you mean 'quadratic_grid'",
@@ -102,6 +116,8 @@ REFUSED = {
     "results --target inf": "--target must be a number",
     "results --seeds 3-1": "--seeds must be whole numbers and ranges of them, as in 0-4,7, got '3-1'",
     "results --seeds a": "--seeds must be whole numbers",
+    "results --tuned-at 1-": "--tuned-at must be whole numbers and ranges of them",
+    "results/runs/quadratic_grid --tuned-at 7": "no setting has finished runs at all of the seeds 7",
     "results --seeds 9": "--seeds: no run has one of 9; there are 0, 1, 5",
     "results --reference nrom": "'nrom' is not the name of one method; choose one of",
     "results --metric mcc": "--metric: quadratic has no 'mcc'; choose one of loss",

@@ -97,6 +97,26 @@ def test_every_method_gets_the_same(clipbench, capsys):
     assert f"tuned: {sweep.path / 'best.md'}" in capsys.readouterr().out
 
 
+def test_another_metric_may_decide(clipbench, monkeypatch, tmp_path, capsys):
+    """The regression is judged by its distance; by the evaluated loss another learning rate is the best."""
+    for module in ("tuned.write_tuning", "compare.write_comparison"):
+        monkeypatch.setattr(f"experiments.analysis.{module}", lambda *given: None)
+    of_regression = [*QUICK[2:], "hydra.sweeper.n_trials=2", "hydra.sweeper.methods=[norm]"]
+    argv = ["run", "-m", "experiment=regression", *of_regression]
+    for metric in ("distance", "loss"):
+        assert clipbench(*argv, f"hydra.sweeper.metric={metric}", f"results_dir={metric}") == 0
+        trials = [trial for trial in trials_of(the_sweep(metric)) if trial.phase == "select"]
+        for trial in trials:
+            finals = [the_sweep(metric).run(job).summary()["final"][f"val/{metric}"] for job in trial.jobs]
+            assert trial.mean == pytest.approx(sum(finals) / 2)
+            assert trial.results[0].metric == metric
+    capsys.readouterr()
+    assert clipbench(*argv, "hydra.sweeper.metric=los", "results_dir=misspelt") == 2
+    assert "has no metric 'los'; it has" in capsys.readouterr().err
+    assert clipbench(*argv, "hydra.sweeper.metric=3", "results_dir=number") == 2
+    assert "hydra.sweeper.metric must be the name of a metric, or null, got 3" in capsys.readouterr().err
+
+
 def test_the_report_has_the_defaults_of_the_preset_that_the_experiment_names(clipbench, mine, tmp_path):
     """Trials and report are composed at different times; the device's preset has another scheduler."""
     argv = mine("{optimizer.lr: [0.01, 0.1]}", 2)

@@ -372,6 +372,14 @@ def test_a_selection_that_leaves_nothing_names_what_is_there(make_run):
         select(results, {"task.noize": "student"})
 
 
+class TestThreePanels:
+    def test_another_metric(self, two_tasks):
+        table = table_of(ThreePanels(title="loss", metric="loss"), two_tasks[:10])
+        assert "val loss" in set(table["panel"])
+        with pytest.raises(UserError, match="mcc"):
+            ThreePanels(title="", metric="mc").table(ended(two_tasks[:10])[0])
+
+
 class TestVerdicts:
     COLA = Verdicts(title="verdicts", reference="no_clip")
 
@@ -408,6 +416,22 @@ class TestVerdicts:
         _, differences = drawn(kind, table).axes
         assert differences.get_xscale() == "log"
         assert "ratio of loss to auto_clip (lower is better)" in differences.get_xlabel()
+
+    def test_an_interval_that_reaches_below_0_goes_on_to_the_edge(self, make_runs):
+        runs = [
+            *make_runs([0.1, 0.4, 9.0], task="quadratic"),
+            *make_runs([0.1], task="quadratic", clipping="norm"),
+        ]
+        kind = Verdicts(title="loss", reference="norm")
+        table = table_of(kind, runs)
+        mean = table[(table["kind"] == "mean") & (table["line"] == "no_clip")].iloc[0]
+        assert mean["low"] < 0
+        axes = drawn(kind, table).axes[0]
+        assert axes.get_xscale() == "log"
+        (whisker,) = [
+            line for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2
+        ]
+        assert list(whisker.get_xdata()) == pytest.approx([axes.get_xlim()[0], mean["high"]])
 
     def test_another_metric(self, two_tasks):
         table = table_of(Verdicts(title="loss", reference="no_clip", metric="loss"), two_tasks[:10])
