@@ -249,7 +249,7 @@ def log_scale(axes: Axes, axis: str = "y") -> None:
     """Log scale with plain numbers, at 1, 2 and 5 times powers of ten where it spans little."""
     getattr(axes, f"set_{axis}scale")("log", nonpositive="mask")
     of_axis = getattr(axes, f"{axis}axis")
-    low, high = of_axis.get_view_interval()
+    low, high = getattr(axes, f"get_{axis}lim")()
     digits = "125" if high < 50 * low else "1"
     of_axis.set_major_locator(LogLocator(subs=[int(digit) for digit in digits]))
     of_axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

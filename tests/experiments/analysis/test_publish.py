@@ -1,5 +1,6 @@
 """Published figures: the bytes are the same each time, and a check finds whatever is not what it was."""
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.image import imread, imsave
 
 from experiments.analysis import publish
 from experiments.analysis.figures.base import ended
@@ -17,7 +19,7 @@ from experiments.analysis.figures.cost import CostAnatomy
 from experiments.analysis.figures.curves import Curves
 from experiments.analysis.figures.heatmap import HeatMap
 from experiments.analysis.figures.plan import Plan
-from experiments.analysis.publish import Published, first_difference, make, runs_of
+from experiments.analysis.publish import Published, first_difference, make, runs_of, same_picture
 from experiments.analysis.render import read_table
 from experiments.errors import UserError
 
@@ -54,6 +56,18 @@ def edit(path, change) -> None:
 
 def edit_sidecar(published: Published, **changes) -> None:
     edit(published.paths["json"], lambda old: json.dumps(json.loads(old) | changes).encode())
+
+
+def test_one_level_of_a_pixel_is_rounding_and_two_are_not():
+    def png(*levels: int) -> bytes:
+        file = io.BytesIO()
+        imsave(file, np.array([levels] * 3, np.uint8).T[None], format="png")
+        return file.getvalue()
+
+    assert same_picture(png(7, 200), png(8, 199), "png")
+    assert not same_picture(png(7, 200), png(9, 200), "png")
+    assert not same_picture(png(7, 200), png(7, 200, 0), "png")
+    assert not same_picture(b"one", b"other", "pdf")
 
 
 def test_what_is_published(published, runs, tmp_path):
@@ -125,8 +139,17 @@ def test_a_picture_with_another_byte(published, suffix, monkeypatch):
     assert published.problems() == [digest]
 
 
+def darker(png: bytes) -> bytes:
+    """The picture with one pixel changed."""
+    pixels = imread(io.BytesIO(png))
+    pixels[50, 50, :3] -= 0.1
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    return file.getvalue()
+
+
 def test_a_picture_that_its_sidecar_vouches_for_is_drawn_again(published):
-    edit(published.paths["png"], lambda old: old + b"more")
+    edit(published.paths["png"], darker)
     digests = published.sidecar()["files"] | {"png": publish._sha256(published.paths["png"].read_bytes())}
     edit_sidecar(published, files=digests)
     assert published.problems() == [
