@@ -102,7 +102,7 @@ def _refuse_mixtures(results: Sequence[Result]) -> None:
 def _how_chosen(chosen: Chosen, tuned: Mapping[str, Any]) -> str:
     least, most = min(chosen.tries), max(chosen.tries)
     settings = f"{most} settings" if least == most else f"{least} to {most} settings"
-    seeds = " and ".join(map(str, tuned["seeds"]))
+    seeds = ", ".join(map(str, tuned["seeds"]))
     by = f" by {tuned['metric']}" if tuned.get("metric") else ""
     return f"each the best of {settings} tried at seeds {seeds}{by}"
 

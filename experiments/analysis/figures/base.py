@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.analysis.entries import Entry, load_entries
 from experiments.analysis.marks import MARKS, Mark, marks
@@ -246,12 +246,13 @@ def explain(figure: Figure, told: str) -> None:
 
 
 def log_scale(axes: Axes, axis: str = "y") -> None:
-    """Log scale with plain numbers, at 1, 2 and 5 times powers of ten where it spans little."""
+    """Log scale with plain numbers: powers of ten, 1, 2 and 5 times these, or even steps, as it spans."""
     getattr(axes, f"set_{axis}scale")("log", nonpositive="mask")
     of_axis = getattr(axes, f"{axis}axis")
     low, high = getattr(axes, f"get_{axis}lim")()
-    digits = "125" if high < 50 * low else "1"
-    of_axis.set_major_locator(LogLocator(subs=[int(digit) for digit in digits]))
+    digits = (1, 2, 5) if high < 200 * low else (1,)
+    few = MaxNLocator(5, steps=[1, 2, 5, 10])
+    of_axis.set_major_locator(few if high < 4 * low else LogLocator(subs=digits))
     of_axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     of_axis.set_minor_formatter(NullFormatter())
 

@@ -143,7 +143,7 @@ def test_drawn(tuned, tmp_path):
     plan = read_plan(path)
     made = make(plan, *ended(runs_of(plan, tmp_path)))
     assert len(made.runs) == 9 + 2 * 5  # with those that they were chosen of
-    assert "3 seeds each; each the best of 1 to 2 settings tried at seeds 0 and 1; 9 runs" in made.caption
+    assert "3 seeds each; each the best of 1 to 2 settings tried at seeds 0, 1; 9 runs" in made.caption
     assert b"sgd norm" in made.csv
     assert plan.drawn_as["tuned"] == {"seeds": [0, 1]}
 
