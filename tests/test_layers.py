@@ -33,7 +33,7 @@ ALLOWED = {
     "experiments.locks": set(),
     "experiments.runs": {"experiments.errors", "experiments.locks"},
     "experiments.sweeps": {"experiments.locks", "experiments.runs"},
-    "experiments.trials": {"experiments.runs", "experiments.sweeps"},
+    "experiments.trials": {"experiments.errors", "experiments.runs", "experiments.sweeps"},
     "experiments.tasks": {"experiments.errors", "torch_clip"},
     "experiments.training": {
         *("experiments.errors", "experiments.runs", "experiments.sweeps", "experiments.trials"),
