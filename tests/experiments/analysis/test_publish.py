@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -67,6 +68,17 @@ def test_one_level_of_a_pixel_is_rounding_and_two_are_not():
     assert same_picture(png(7, 200), png(8, 199), "png")
     assert not same_picture(png(7, 200), png(9, 200), "png")
     assert not same_picture(png(7, 200), png(7, 200, 0), "png")
+    assert not same_picture(b"one", b"other", "png")
+
+
+def test_a_hundredth_of_a_point_is_rounding_and_more_is_not():
+    def pdf(strokes: bytes) -> bytes:
+        return b"%PDF\nstream\n" + zlib.compress(strokes) + b"\nendstream\n"
+
+    assert same_picture(pdf(b"1 0 12.664 -0 cm /M20 Do"), pdf(b"1 0 12.6641 0 cm /M20 Do"), "pdf")
+    assert not same_picture(pdf(b"1 0 12.664 cm"), pdf(b"1 0 12.68 cm"), "pdf")
+    assert not same_picture(pdf(b"1 0 cm /M20 Do"), pdf(b"1 0 cm /M21 Do"), "pdf")
+    assert not same_picture(pdf(b"1 0 cm"), pdf(b"1 0 cm 2"), "pdf")
     assert not same_picture(b"one", b"other", "pdf")
 
 
@@ -127,7 +139,8 @@ def test_a_missing_file(published, suffix):
 
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_a_picture_with_another_byte(published, suffix, monkeypatch):
-    edit(published.paths[suffix], lambda old: old[:-20] + bytes([old[-20] ^ 1]) + old[-19:])
+    half = len(published.paths[suffix].read_bytes()) // 2
+    edit(published.paths[suffix], lambda old: old[:half] + bytes([old[half] ^ 1]) + old[half + 1 :])
     digest, redrawn = published.problems()
     assert (
         digest
