@@ -50,16 +50,31 @@ expectation() {
 quadratic() {
     noisy="experiment=quadratic_grid task.noise=student,gaussian"
     grid="$noisy optimizer.lr=0.01,0.03,0.1,0.3 seed=0,1,2,3,4"
+    strength="clipping.threshold|clipping.percentile|clipping.norm|clipping.theta|clipping.z_threshold"
+    strength="$strength|clipping.relative|clipping.sigma"
     run $grid clipping=no_clip
     run $grid clipping.threshold=0.3,1.0,3.0 \
         clipping=norm,linear_rand_norm,quadratic_rand_norm,layer_wise,coordinate_wise
     run $grid clipping=auto_clip,linear_rand_autoclip,quadratic_rand_autoclip clipping.percentile=0.25,0.75
-    run $noisy optimizer.lr=0.03 seed=0,1,2,3,4 \
-        clipping=zclip,adagc,adaclip,adagn,stable_spam,spam,spike_guard,normalized,uclip,agc,smooth,smooth_sqrt
-    run experiment=tune_quadratic task.noise=student
-    run experiment=tune_quadratic task.noise=gaussian
+    run $grid clipping.threshold=0.3,1.0,3.0 clipping=smooth,smooth_sqrt
+    run $grid clipping.threshold=0.1,0.3,1.0 clipping=uclip
+    run $grid clipping.threshold=0.01,0.1,1.0 clipping=agc
+    run $grid clipping.norm=0.3,1.0,3.0 clipping=normalized
+    run $grid clipping.percentile=0.25,0.75 clipping=layer_wise_autoclip
+    run $grid clipping.z_threshold=1.0,2.5,6.0 clipping=zclip
+    run $grid clipping.relative=1.05,1.5,3.0 clipping=adagc
+    run $grid clipping.theta=0.9,0.99,0.999 clipping=adaclip,stable_spam
+    run $grid clipping.theta=3.0,30.0,5000.0 clipping=spam
+    run $grid clipping.sigma=1.0,3.0,6.0 clipping=spike_guard
+    run $grid clipping=adagn
+    for noise in student gaussian; do
+        run experiment=tune_quadratic task.noise=$noise
+        run experiment=tune_quadratic_newer task.noise=$noise
+        run experiment=tune_quadratic_newer task.noise=$noise 'hydra.sweeper.methods=[adaclip,stable_spam]' \
+            "hydra.sweeper.space={clipping.theta:'interval(0.5,0.9999)'}"
+    done
     clipbench list runs --experiment quadratic_grid --columns optimizer.lr --out results/quadratic_grid \
-        --rows 'task.noise,clipping,clipping.threshold|clipping.percentile|clipping.norm|clipping.theta'
+        --rows "task.noise,clipping,$strength"
     clipbench compare --experiment tune_quadratic --tuned-at 0-2 --tables --out results/quadratic_grid
 }
 
