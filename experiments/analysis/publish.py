@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
 import json
 import platform
-import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.image import imread
 
 from experiments.analysis.chosen import Chosen, choose
 from experiments.analysis.figures import base
@@ -28,10 +24,6 @@ from experiments.errors import UserError
 from experiments.runs import Run, find_runs, write_whole
 
 PARTS_OF_A_PATH = 5  # of a run: experiment, task, optimizer and clipping, digest, seed
-LEVEL = 1.5 / 255
-"""One of 256."""
-HUNDREDTH = 0.01
-STREAM = re.compile(rb"stream\r?\n(.*?)\r?\nendstream", re.DOTALL)
 CLOSE = 1e-9
 """Relative: what another version of NumPy or SciPy may change."""
 
@@ -234,7 +226,7 @@ class Published:
         return [
             f"{self.paths[suffix]} is not what its CSV gives when it is drawn again"
             for suffix, content in again.items()
-            if not same_picture(self.paths[suffix].read_bytes(), content, suffix)
+            if self.paths[suffix].read_bytes() != content
         ]
 
     def other_versions(self) -> str:
@@ -264,41 +256,6 @@ class Published:
         return (
             [*found, f"{self.paths['csv']} is not what the runs give: {difference}"] if difference else found
         )
-
-
-def same_picture(then: bytes, now: bytes, suffix: str) -> bool:
-    """Whether a picture was drawn again: byte by byte, or but for rounding.
-
-    The layout's solver may end a last digit apart from one process to the next: once in some hundred pictures
-    an edge comes out one level lighter in a PNG, or 0 as -0 in a PDF.
-    """
-    if then == now:
-        return True
-    try:
-        return _same_pixels(then, now) if suffix == "png" else _same_strokes(then, now)
-    except Exception:  # whatever is in the file, it is no picture
-        return False
-
-
-def _same_pixels(then: bytes, now: bytes) -> bool:
-    before, after = (imread(io.BytesIO(content)) for content in (then, now))
-    return before.shape == after.shape and bool(np.abs(before - after).max() <= LEVEL)
-
-
-def _same_strokes(then: bytes, now: bytes) -> bool:
-    """Whether two PDFs have the same words in their streams, numbers to a hundredth of a point."""
-    before, after = (
-        [word for stream in STREAM.findall(content) for word in zlib.decompress(stream).split()]
-        for content in (then, now)
-    )
-    return (
-        bool(before)
-        and len(before) == len(after)
-        and all(
-            one == other or abs(float(one) - float(other)) <= HUNDREDTH
-            for one, other in zip(before, after, strict=True)
-        )
-    )
 
 
 def first_difference(then: pd.DataFrame, now: pd.DataFrame) -> str:

@@ -99,7 +99,7 @@ def legend_above(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG or PDF, by the path's suffix: the same bytes whenever it is drawn."""
+    """Write a figure as PNG or PDF, by the path's suffix; nothing in it says when."""
     form = path.suffix.removeprefix(".")
     with write_whole(path) as file:
         figure.savefig(file, format=form, dpi=DPI, metadata={"CreationDate": None} if form == "pdf" else None)
