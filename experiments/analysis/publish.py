@@ -39,6 +39,11 @@ class Made:
     seeds: str
     codes: list[str]
     """Versions of the code that made the runs."""
+    torch: list[str]
+    """Versions of PyTorch in which they ran."""
+    device: str
+    seconds: float
+    """What all these runs took, one after the other."""
     unfinished: list[str]
 
 
@@ -75,12 +80,16 @@ def make(plan: Plan, results: Sequence[Result], others: Sequence[Result]) -> Mad
         results, tried, how = chosen.tuned, chosen.tried, _how_chosen(chosen, plan.tuned)
     table = plan.kind.table(results)
     seeds = seeds_of(results)
+    summaries = [result.summary for result in [*results, *tried]]
     return Made(
         csv=table.to_csv(index=False, lineterminator="\n").encode(),
         caption=_caption(plan, results, seeds, how, unfinished),
         runs={path_of(result.run): _content(result) for result in [*results, *tried]},
         seeds=seeds,
-        codes=sorted({result.summary["code"] or "unknown" for result in results}),
+        codes=sorted({summary["code"] or "unknown" for summary in summaries}),
+        torch=sorted({summary["versions"]["torch"] for summary in summaries}),
+        device=where_of([*results, *tried]),
+        seconds=round(sum(summary["seconds"] for summary in summaries), 1),
         unfinished=unfinished,
     )
 
@@ -184,6 +193,9 @@ class Published:
                 **drawn_with(),
             },
             "code": made.codes,
+            "torch": made.torch,
+            "device": made.device,
+            "seconds": made.seconds,
             "files": {suffix: _sha256(content) for suffix, content in files.items()},
             "runs": made.runs,
         }

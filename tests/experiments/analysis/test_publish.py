@@ -65,7 +65,9 @@ def test_what_is_published(published, runs, tmp_path):
     assert sidecar["command"] == "clipbench figures curves"
     assert sidecar["runs_made_by"] == ["clipbench run -m experiment=made clipping=no_clip,norm"]
     assert sidecar["seeds"] == "3 seeds"
-    assert sidecar["code"] == ["c0ffee"]
+    assert (sidecar["code"], sidecar["torch"]) == (["c0ffee"], ["2.15.0"])
+    assert sidecar["device"] == "cpu, x86_64, 1 thread"
+    assert sidecar["seconds"] == pytest.approx(sum(run.summary()["seconds"] for run in runs), abs=0.1)
     assert {"python", "torch-clip", "matplotlib", "freetype"} <= set(sidecar["versions"])
     assert len(sidecar["runs"]) == 6
     assert all(path.startswith("made/cola-mini/sgd-") for path in sidecar["runs"])
