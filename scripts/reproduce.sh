@@ -76,6 +76,7 @@ quadratic() {
     clipbench list runs --experiment quadratic_grid --columns optimizer.lr --out results/quadratic_grid \
         --rows "task.noise,clipping,$strength"
     clipbench compare --experiment tune_quadratic --tuned-at 0-2 --tables --out results/quadratic_grid
+    clipbench compare --experiment tune_quadratic_newer --tuned-at 0-2 --tables --out results/quadratic_grid/newer
 }
 
 cola() {
