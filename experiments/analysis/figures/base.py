@@ -147,9 +147,14 @@ def _refuse_twins(one: Result, other: Result, by: Sequence[str]) -> None:
 
 
 def in_order(keys: Iterable[tuple[Any, ...]], order: Iterable[str] = ()) -> list[tuple[Any, ...]]:
-    """Sort keys of several values by the rank of each."""
+    """Sort keys of several values as their names stand in ``order``, the others by the rank of each value."""
     order = list(order)
-    return sorted(keys, key=lambda key: [rank(value, order) for value in key])
+
+    def place(key: tuple[Any, ...]) -> tuple[int, list[tuple[Any, ...]]]:
+        name = label(key, {})
+        return order.index(name) if name in order else len(order), [rank(value, order) for value in key]
+
+    return sorted(keys, key=place)
 
 
 def rank(value: Any, order: Sequence[str] = ()) -> tuple[Any, ...]:

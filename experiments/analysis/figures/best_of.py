@@ -32,7 +32,8 @@ class BestOf:
 
     Args:
         title: above the figure.
-        default: setting -> value, of those that nobody tuned; a method need not have all.
+        default: setting -> value, or values where methods differ, of those that nobody tuned; a method need not
+            have all.
         lines: settings that tell methods apart.
         facets: setting that tells panels apart.
         labels: better names for methods and facets.
@@ -83,8 +84,8 @@ class BestOf:
         return {key: methods[key] for key in base.in_order(methods, self.labels)}
 
     def _is_default(self, entry: Entry) -> bool:
-        known = {path: base.setting(entry.results[0], path) for path in self.default}
-        return all(value in (None, self.default[path]) for path, value in known.items())
+        (result, *_) = entry.results
+        return all(base.has(result, path, [None, *_values(known)]) for path, known in self.default.items())
 
     def draw(self, table: pd.DataFrame) -> Figure:
         """A panel for each facet."""
@@ -105,7 +106,8 @@ class BestOf:
         entries = {f"{line} ({tried[line]} tried)": how for line, how in drawn.items()}
         base.legend(figure, entries)
         default = " ".join(
-            f"{path.rpartition('.')[2]}={base.text(value)}" for path, value in self.default.items()
+            f"{path.rpartition('.')[2]}={' or '.join(map(base.text, _values(value)))}"
+            for path, value in self.default.items()
         )
         base.explain(
             figure,
@@ -129,3 +131,7 @@ class BestOf:
         axes.axvline(0.6, color=QUIET, linewidth=0.6)
         axes.set_xlabel("k, settings tried")
         base.quiet_grid(axes)
+
+
+def _values(one_or_more: Any) -> Sequence[Any]:
+    return one_or_more if isinstance(one_or_more, list | tuple) else [one_or_more]
