@@ -10,9 +10,10 @@ class ClippedMomentum(torch.optim.Optimizer):
     r"""SGD that clamps each element of its momentum, where clipped SGD clamps those of the gradient.
 
     .. math::
-        b \leftarrow \mu b + g, \qquad w \leftarrow w - \gamma \, \mathrm{clamp}(b, -T, T)
+        b \leftarrow \mathrm{clamp}(\mu b + g, -T, T), \qquad w \leftarrow w - \gamma b
 
-    The momentum stays as it is, so a spike goes on at the threshold until it has decayed below.
+    An element moves by :math:`\gamma T` a step at most; clipped gradients let it gain up to
+    :math:`\gamma T / (1 - \mu)`.
 
     Args:
         params: parameters, or groups of them.
@@ -33,6 +34,6 @@ class ClippedMomentum(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(param.grad)
                 bound = group["threshold"]
-                param.sub_(momentum.clamp(-bound, bound), alpha=group["lr"])
+                momentum = state["momentum"].mul_(group["momentum"]).add_(param.grad).clamp_(-bound, bound)
+                param.sub_(momentum, alpha=group["lr"])

@@ -30,8 +30,10 @@ mini_comparison() {
 
 regression() {
     for method in sgd adam clipped_sgd sstm; do
-        run experiment=regression_$method seed=0,1,2,3,4 keep=none quiet=true
+        run experiment=regression_$method seed=0,1,2,3,4 task.data_seed=0,1,2 keep=none quiet=true
     done
+    run --config-dir scripts/conf experiment=regression_clipped_momentum seed=0,1,2,3,4 task.data_seed=0,1,2 \
+        keep=none quiet=true
     run experiment=regression
     adam regression 1e-5,1e-1
     run experiment=regression optimizer=sstm 'hydra.sweeper.methods=[norm]' optimizer.L=1.0 \
@@ -54,6 +56,9 @@ quadratic() {
     strength="$strength|clipping.relative|clipping.sigma"
     run $grid clipping=no_clip
     run $grid clipping.threshold=0.3,1.0,3.0 \
+        clipping=norm,linear_rand_norm,quadratic_rand_norm,layer_wise,coordinate_wise
+    run $noisy optimizer.lr=3.0 seed=0,1,2,3,4 clipping=no_clip
+    run $noisy optimizer.lr=3.0 seed=0,1,2,3,4 clipping.threshold=0.3,1.0,3.0 \
         clipping=norm,linear_rand_norm,quadratic_rand_norm,layer_wise,coordinate_wise
     run $grid clipping=auto_clip,linear_rand_autoclip,quadratic_rand_autoclip clipping.percentile=0.25,0.75
     run $grid clipping.threshold=0.3,1.0,3.0 clipping=smooth,smooth_sqrt
@@ -82,16 +87,18 @@ quadratic() {
 cola() {
     head="preset=frozen task.body=cached task.model.name_or_path=.data/minilm"
     for method in sgd adam clipped_sgd; do
-        run experiment=cola_$method seed=0,1,2,3,4 $head data_dir=.data/cola_public/cola_public \
+        run experiment=cola_$method seed=0,1,2,3,4,5,6,7,8,9 $head data_dir=.data/cola_public/cola_public \
             max_steps=1790 eval_every=179 keep=last quiet=true
     done
-    run experiment=cola_sstm seed=0,1,2,3,4 $head data_dir=.data/cola_public/cola_public \
+    run experiment=cola_sstm seed=0,1,2,3,4,5,6,7,8,9 $head data_dir=.data/cola_public/cola_public \
         max_steps=223 eval_every=22 keep=last quiet=true
     run experiment=cola
     adam cola 1e-4,1e-1
     publish cola "sgd no_clip" 0,1
     clipbench tails task=cola $head data_dir=.data/cola_public/cola_public out=results/cola/tails_before
-    clipbench tails checkpoint="$(echo results/runs/cola_adam/cola-frozen/adam-no_clip/*/seed=0)" \
+    run experiment=cola_adam_tuned $head data_dir=.data/cola_public/cola_public \
+        max_steps=1790 eval_every=179 keep=last quiet=true
+    clipbench tails checkpoint="$(echo results/runs/cola_adam_tuned/cola-frozen/adam-no_clip/*/seed=0)" \
         data_dir=.data/cola_public/cola_public out=results/cola/tails_after
 }
 
@@ -99,24 +106,28 @@ imagenet() {
     run experiment=imagenet
     adam imagenet 1e-4,1e-1
     publish imagenet "sgd no_clip" 0,1
+    clipbench tails task=imagenet preset=subset data_dir=.data/imagenet_subset out=results/imagenet/tails
 }
 
 voc() {
     run experiment=voc
     adam voc 1e-4,1e-1
     publish voc "sgd no_clip" 0,1 --metric loss
+    clipbench tails task=voc preset=subset data_dir=.data/voc2012_subset out=results/voc/tails
 }
 
 reddit() {
     run experiment=reddit
     adam reddit 1e-4,1e-1
     publish reddit "sgd no_clip" 0,1
+    clipbench tails task=reddit preset=subset data_dir=.data/graph_github_redditformat out=results/reddit/tails
 }
 
 reddit_sum() {
     run experiment=reddit_sum
     adam reddit_sum 1e-5,1e-1
     publish reddit_sum "sgd no_clip" 0,1
+    clipbench tails task=reddit preset=subset data_dir=.data/graph_github_redditformat task.model.aggr=add out=results/reddit_sum/tails
 }
 
 cost() {

@@ -32,8 +32,8 @@ class BestOf:
 
     Args:
         title: above the figure.
-        default: setting -> value, or values where methods differ, of those that nobody tuned; a method need not
-            have all.
+        default: setting -> value, or values where methods differ, of those that nobody tuned; a method need
+            not have all.
         lines: settings that tell methods apart.
         facets: setting that tells panels apart.
         labels: better names for methods and facets.
