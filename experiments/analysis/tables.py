@@ -76,8 +76,11 @@ def grid(runs: Iterable[Run], rows: list[str], columns: list[str]) -> pd.DataFra
     if len(metrics) > 1:
         raise UserError(f"a grid is of one metric, these runs have {', '.join(sorted(metrics))}")
     frame = pd.DataFrame(table)
-    medians = frame.groupby([*rows, *columns], dropna=False)["value"].median()
-    return medians.unstack(columns)
+    cells = frame.groupby([*rows, *columns], dropna=False)["value"]
+    medians, counts = cells.median().unstack(columns), cells.size()
+    seeds = " to ".join(map(str, sorted({counts.min(), counts.max()})))
+    medians.attrs["cells"] = f"final {metrics.pop()}, median over seeds ({seeds}); inf: half of them diverged"
+    return medians
 
 
 def _setting(names: dict[str, str], config: dict[str, Any], alternatives: str) -> Any:
@@ -114,7 +117,7 @@ def markdown_grid(table: pd.DataFrame) -> str:
         cells = [str(part) for part in (key if isinstance(key, tuple) else (key,))]
         cells += ["" if math.isnan(value) else f"{value:.3g}" for value in values]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"In a cell: {table.attrs['cells']}"]) + "\n"
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

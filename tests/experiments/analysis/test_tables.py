@@ -129,6 +129,7 @@ def test_a_grid_has_medians_over_seeds_and_counts_diverged_runs(tmp_path):
     assert "| clipping | clipping.threshold or clipping.percentile | optimizer.lr 0.1 |" in text
     assert "| no_clip | - | inf | 0.5 |" in text
     assert "| norm | 2.0 | 2 |  |" in text
+    assert "final loss, median over seeds (1 to 3)" in text
     with pytest.raises(UserError, match=r"both of clipping=no_clip, experiment=grid: add what tells"):
         grid(runs, ["clipping"], ["experiment"])
     assert [path.name for path in write_grid(tmp_path / "out", table)] == ["grid.csv", "grid.md"]
