@@ -32,7 +32,7 @@ regression() {
     for method in sgd adam clipped_sgd sstm; do
         run experiment=regression_$method seed=0,1,2,3,4 task.data_seed=0,1,2 keep=none quiet=true
     done
-    run --config-dir scripts/conf experiment=regression_clipped_momentum seed=0,1,2,3,4 task.data_seed=0,1,2 \
+    run 'hydra.searchpath=[file://scripts/conf]' experiment=regression_clipped_momentum seed=0,1,2,3,4 task.data_seed=0,1,2 \
         keep=none quiet=true
     run experiment=regression
     adam regression 1e-5,1e-1
@@ -113,7 +113,6 @@ voc() {
     run experiment=voc
     adam voc 1e-4,1e-1
     publish voc "sgd no_clip" 0,1 --metric loss
-    clipbench tails task=voc preset=subset data_dir=.data/voc2012_subset out=results/voc/tails
 }
 
 reddit() {
