@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from experiments.errors import UserError, complain, nearest, not_installed
@@ -30,7 +31,17 @@ COMMANDS = ("run", "sweep", "prepare", "tails", "list", "compare", "figures", "r
 
 def main() -> None:
     """Entry point of the ``clipbench`` command."""
-    sys.exit(_dispatch(sys.argv[1:]))
+    try:
+        try:
+            code = _dispatch(sys.argv[1:])
+        except SystemExit as stop:  # of argparse, or of a run that a signal stopped
+            code = stop.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as head, has seen enough
+        # What is flushed at exit must go somewhere, or that fails too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def _dispatch(argv: list[str]) -> int:

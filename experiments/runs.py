@@ -11,6 +11,7 @@ A run folder is written by one process, in this order, while it holds the lock::
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -329,7 +330,11 @@ class Run:
             return {}
         # The same parser in C, ten times as fast, wherever PyYAML was built with it.
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return yaml.load(self._config_path.read_bytes(), loader)
+        with _reading(self._config_path, yaml.YAMLError):
+            config = yaml.load(self._config_path.read_bytes(), loader)
+        if not isinstance(config, dict):
+            raise unusable(self, "config.yaml holds no settings")
+        return config
 
     def summary(self) -> dict[str, Any]:
         """Return what `finish` was given; empty before that."""
@@ -342,8 +347,10 @@ class Run:
         # The table wins: where both are there, a finishing run died before it could remove the lines.
         lines = [] if self._table_path.exists() else self._whole_lines()
         if self._table_path.exists():  # asked again, since a live run may have finished in between
-            return pd.read_parquet(self._table_path)
-        return pd.DataFrame([json.loads(line) for line in lines])
+            with _reading(self._table_path):
+                return pd.read_parquet(self._table_path)
+        with _reading(self._lines_path):
+            return pd.DataFrame([json.loads(line) for line in lines])
 
     def last_step(self) -> int | None:
         """Return the step that the run reached, reading no more than needed; None if it made no record."""
@@ -360,6 +367,11 @@ class Run:
         except FileNotFoundError:
             return []
         return content.split(b"\n")[:-1]  # what follows the last newline was cut off by a kill
+
+
+def unusable(run: Run, why: str) -> UserError:
+    """What to say of a run whose files are damaged, or lack something."""
+    return UserError(f"the run {run.path} cannot be used: {why}. Delete that folder, and make the run again")
 
 
 def find_unstarted(root: str | Path) -> list[Run]:
@@ -417,7 +429,7 @@ def load_records(runs: Iterable[Run], columns: Sequence[str]) -> pd.DataFrame:
     types = {**dict.fromkeys(columns, pa.float64()), "run": pa.int64()}
     tables = [pa.schema(types).empty_table()]
     for place, run in enumerate(runs):
-        with ParquetFile(run._table_path, memory_map=True) as file:
+        with _reading(run._table_path), ParquetFile(run._table_path, memory_map=True) as file:
             # Files are small: handing them to threads takes longer than reading them.
             there = [name for name in columns if name in file.schema_arrow.names]
             table = file.read(there, use_threads=False)
@@ -435,11 +447,24 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@contextlib.contextmanager
+def _reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Around what reads a file of a run; what a parser raises of one that was cut off becomes a message."""
+    try:
+        yield
+    except (ValueError, OSError, *errors) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # Arrow's have none
+            raise
+        raise unusable(Run(path.parent), f"{path.name}: {' '.join(str(error).split())}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
+    with _reading(path):
+        return json.loads(content)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

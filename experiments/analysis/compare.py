@@ -9,14 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.analysis import style
-from experiments.analysis.chosen import Chosen, choose
+from experiments.analysis.chosen import choose
 from experiments.analysis.entries import Entry, by_task, curves, load_entries
 from experiments.analysis.figures.comparison import comparison_figure
 from experiments.analysis.marks import styled
-from experiments.analysis.methods import finished, identify, natural
+from experiments.analysis.methods import Result, Unfinished, finished, identify, natural
 from experiments.analysis.tables import Table, write_tables
 from experiments.analysis.tuning import tuning_table
-from experiments.analysis.verdicts import Target, across_table, raw_table, runs_table, task_table
+from experiments.analysis.verdicts import (
+    Target,
+    across_table,
+    notes_on_missing,
+    raw_table,
+    runs_table,
+    task_table,
+)
 from experiments.errors import UserError, nearest
 from experiments.runs import Run, write_whole
 
@@ -48,7 +55,7 @@ def compare(
     """Compare the methods of finished runs.
 
     Args:
-        runs: in any order; those that are not finished are named in a note and left out.
+        runs: in any order; those that are not finished are named and counted, and left out.
         reference: method, or clipping where that says it, that others are compared with. By default
             ``no_clip`` with the same optimizer.
         metric: other than the tasks' own.
@@ -63,21 +70,24 @@ def compare(
     """
     results, unfinished = finished(runs)
     if not results:
-        told = f", but {'; '.join(unfinished)}" if unfinished else ""
+        told = f", but {'; '.join(map(str, unfinished))}" if unfinished else ""
         raise UserError(f"there is no finished run to compare{told}")
     identify(results, allow_mixed=allow_mixed)
-    chosen = [result for result in results if seeds is None or result.seed in {*seeds, *tuned_at}]
+    chosen, lost = results, unfinished
+    if seeds is not None:
+        chosen = [result for result in results if result.seed in {*seeds, *tuned_at}]
+        lost = _at(unfinished, {*seeds, *tuned_at})
     if not chosen:
         known = sorted({result.seed for result in results})
         raise UserError(f"--seeds: no run has one of {_listed(seeds)}; there are {_listed(known)}")
     if tuned_at:
-        return _compare_tuned(choose(chosen, tuned_at, metric), reference, metric, targets or {}, unfinished)
-    entries = load_entries(chosen, metric)
+        return _compare_tuned(chosen, tuned_at, lost, reference, metric, targets or {})
+    entries = load_entries(chosen, metric, lost)
     references = _references(entries, reference)
     spare = load_entries([result for result in results if seeds and result.seed not in seeds], metric)
     goals = _targets(entries, references, spare, targets or {})
     tables = [
-        raw_table(entries, goals, unfinished),
+        raw_table(entries, goals, notes_on_missing(lost, chosen)),
         task_table(entries, references),
         across_table(entries, references, goals),
         tuning_table(entries),
@@ -86,20 +96,23 @@ def compare(
 
 
 def _compare_tuned(
-    chosen: Chosen,
+    results: Sequence[Result],
+    tuned_at: Collection[int],
+    unfinished: Sequence[Unfinished],
     reference: str | None,
     metric: str | None,
     targets: Mapping[str | None, float],
-    unfinished: Sequence[str],
 ) -> Comparison:
     """Compare each method at its best setting, and apart from that each as it comes."""
-    tuned, untuned, tried = (
-        load_entries(part, metric) for part in (chosen.tuned, chosen.untuned, chosen.tried)
-    )
+    chosen = choose(results, tuned_at, metric)
+    selecting = _at(unfinished, tuned_at)
+    reporting = [one for one in unfinished if one not in selecting]
+    tuned, untuned = (load_entries(part, metric, reporting) for part in (chosen.tuned, chosen.untuned))
+    tried = load_entries(chosen.tried, metric)
     references = _references(tuned, reference)
     goals = _targets(tuned, references, [], targets)
     tables = [
-        raw_table([*tuned, *untuned], goals, unfinished),
+        raw_table([*tuned, *untuned], goals, notes_on_missing(unfinished, results)),
         task_table(tuned, references),
         across_table(tuned, references, goals),
     ]
@@ -110,6 +123,12 @@ def _compare_tuned(
     tables.append(tuning_table(tried, by_mean=True))
     every_run = runs_table([*tuned, *untuned, *tried])
     return Comparison(tuned, [table for table in tables if table], every_run)
+
+
+def _at(unfinished: Iterable[Unfinished], seeds: Iterable[int]) -> list[Unfinished]:
+    """Those of the seeds, as the path says: a run that never trained may say nothing else."""
+    wanted = set(map(str, seeds))
+    return [one for one in unfinished if one.run.names["seed"] in wanted]
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.analysis.methods import Result, natural
+from experiments.analysis.methods import Result, Unfinished, natural
 from experiments.analysis.stats import TimeToTarget, time_to_target, to_scores
 from experiments.errors import UserError, nearest
 from experiments.runs import load_records
@@ -28,15 +28,22 @@ class Entry:
         records: of each of them: step, epoch, losses and metrics.
         metric: that is compared.
         higher_is_better: whether it is.
+        failed: how many more runs ended without a result.
     """
 
     def __init__(
-        self, results: list[Result], records: list[pd.DataFrame], metric: str, higher_is_better: bool
+        self,
+        results: list[Result],
+        records: list[pd.DataFrame],
+        metric: str,
+        higher_is_better: bool,
+        failed: int = 0,
     ) -> None:
         self.results = results
         self.records = records
         self.metric = metric
         self.higher_is_better = higher_is_better
+        self.failed = failed
         self.task = results[0].task
         self.method = results[0].method
         self.names = results[0].names
@@ -172,14 +179,18 @@ def floor(entries: Sequence[Entry]) -> float:
     return float(np.median(at_start)) if len(at_start) else math.nan
 
 
-def load_entries(results: Sequence[Result], metric: str | None) -> list[Entry]:
+def load_entries(
+    results: Sequence[Result], metric: str | None, unfinished: Iterable[Unfinished] = ()
+) -> list[Entry]:
     """Read what the runs recorded, and put it together by task and method.
 
     Args:
         results: with their tasks and methods named.
         metric: to compare, the task's own if None. A ``loss`` is better when lower, any other metric as the
             task's own is.
+        unfinished: runs beside them; those that failed are counted where other seeds of theirs are.
     """
+    failed = Counter(one.run.names["digest"] for one in unfinished if one.failed)
     by_task = defaultdict(list)
     for result in results:
         by_task[result.task].append(result)
@@ -194,7 +205,9 @@ def load_entries(results: Sequence[Result], metric: str | None) -> list[Entry]:
         for group in groups.values():
             group.sort(key=lambda pair: pair[0].seed)
             of_method, records = map(list, zip(*group, strict=True))
-            entries.append(Entry(of_method, records, name, higher))
+            digests = {result.run.names["digest"] for result in of_method}
+            lost = sum(failed[digest] for digest in digests)
+            entries.append(Entry(of_method, records, name, higher, lost))
     return sorted(entries, key=lambda entry: (natural(entry.task), natural(entry.method)))
 
 

@@ -7,16 +7,23 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.errors import UserError
-from experiments.runs import FINISHED, Run, identity
+from experiments.runs import FINISHED, Run, identity, unusable
 
 # Parts of a config whose settings belong to a named choice: they count where that choice is the same.
 CHOICES = ("clipping", "optimizer", "scheduler")
 # No part of a method: `task` makes another task, `preset` only repeats what other parts hold, and data and
 # device are asked for elsewhere.
 NO_METHOD = ("task", "preset", "fingerprint", "device_type")
+# What a comparison asks of every run, of its summary and of its config.
+SAID = ("task", "preset", *CHOICES, "status", "seed", "metric", "higher_is_better", "steps", "final", "code")
+SET = ("max_steps", "eval_every", "device_type", "fingerprint")
+
+
+class Mixed(UserError):
+    """Runs differ in what must agree where they are compared."""
 
 
 @dataclass
@@ -47,23 +54,46 @@ class Result:
         return self.summary["status"] == "diverged"
 
 
-def finished(runs: Iterable[Run]) -> tuple[list[Result], list[str]]:
-    """Return the finished ones among runs, each once, and a line for each of the others."""
+class Unfinished(NamedTuple):
+    """A run that gave no result."""
+
+    run: Run
+    status: str
+
+    def __str__(self) -> str:
+        return f"{self.run.path}: {self.status}"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended: by an error, out of memory, a kill or its time limit."""
+        return self.status not in ("not started", "running")
+
+
+def finished(runs: Iterable[Run]) -> tuple[list[Result], list[Unfinished]]:
+    """Return the finished ones among runs, and the others, each once.
+
+    Raises:
+        UserError: a run lacks what its summary or its config should say.
+    """
     results: dict[tuple[str, ...], Result] = {}
     settings: dict[str, dict[str, Any]] = {}  # shared by the seeds of a digest
-    others = []
+    others = {}
     for run in sorted(runs, key=lambda run: run.path):
+        place = run.path.absolute().parts[-4:]  # what an experiment is called makes no other run
         status = (run.status or {}).get("status", "not started")
         if status not in FINISHED:
-            others.append(f"{run.path}: {status}")
+            others[place] = Unfinished(run, status)
             continue
         summary, digest = run.summary(), run.names["digest"]
         if digest not in settings:
             settings[digest] = flatten(identity(run.config()))
+        missing = [name for name in SAID if name not in summary]
+        missing += [name for name in SET if name not in settings[digest]]
+        if missing:
+            raise unusable(run, f"its summary and config do not say {', '.join(missing)}")
         names = {name: summary[name] for name in ("task", "preset", *CHOICES)}
-        place = run.path.absolute().parts[-4:]  # what an experiment is called makes no other run
         results[place] = Result(run, names, summary, settings[digest])
-    return list(results.values()), others
+    return list(results.values()), [other for place, other in others.items() if place not in results]
 
 
 def flatten(node: Any, path: str = "") -> dict[str, Any]:
@@ -93,7 +123,8 @@ def identify(results: Sequence[Result], *, allow_mixed: bool) -> None:
     other wherever it differs between runs on the same task.
 
     Raises:
-        UserError: runs differ in what must agree, or two of one method have the same seed.
+        Mixed: runs differ in what must agree.
+        UserError: two of one method have the same seed.
     """
     for group in _split(results, lambda result: result.names["task"]):
         _name_tasks(group)
@@ -121,7 +152,7 @@ def _name_tasks(results: list[Result]) -> None:
 
 
 def _refuse_mixtures(results: Sequence[Result]) -> None:
-    """Raise ``UserError`` where runs differ in what must agree: everywhere, or within their task."""
+    """Raise ``Mixed`` where runs differ in what must agree: everywhere, or within their task."""
     everywhere: dict[str, Callable[[Result], Any]] = {
         "preset": lambda result: result.names["preset"],
         "code version": lambda result: result.summary["code"],
@@ -142,8 +173,9 @@ def _refuse_if_mixed(results: Iterable[Result], what: str, value: Callable[[Resu
         first.setdefault(value(result), result)
     if len(first) > 1:
         found = "; ".join(f"{value} in {result.run.path}" for value, result in first.items())
-        raise UserError(
-            f"these runs differ in their {what}: {found}. Compare them apart, or give --allow-mixed"
+        raise Mixed(
+            f"these runs differ in their {what}: {found}. Compare them apart, or with "
+            "clipbench compare --allow-mixed"
         )
 
 

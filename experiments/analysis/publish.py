@@ -24,6 +24,8 @@ from experiments.errors import UserError
 from experiments.runs import Run, find_runs, write_whole
 
 PARTS_OF_A_PATH = 5  # of a run: experiment, task, optimizer and clipping, digest, seed
+SIDECAR = {"files": dict, "drawn_as": dict, "caption": str, "versions": dict, "runs": dict, "seconds": float}
+"""What a check asks of it."""
 CLOSE = 1e-9
 """Relative: what another version of NumPy or SciPy may change."""
 
@@ -64,7 +66,10 @@ def make(plan: Plan, results: Sequence[Result], others: Sequence[Result]) -> Mad
         UserError: there are none, or they do not belong into one figure.
     """
     if not results:
-        raise UserError(f"no finished runs of {' or '.join(plan.experiments)}")
+        raise UserError(
+            f"no finished runs of {' or '.join(plan.experiments)}; "
+            f"clipbench figures {plan.name} --run makes them"
+        )
     wanted = {"experiment": plan.experiments, **plan.runs}
     results = base.select(results, wanted)
     unfinished = [
@@ -89,7 +94,7 @@ def make(plan: Plan, results: Sequence[Result], others: Sequence[Result]) -> Mad
         codes=sorted({summary["code"] or "unknown" for summary in summaries}),
         torch=sorted({summary["versions"]["torch"] for summary in summaries}),
         device=where_of([*results, *tried]),
-        seconds=round(sum(summary["seconds"] for summary in summaries), 1),
+        seconds=round(sum(summary["seconds"] for summary in summaries), 3),
         unfinished=unfinished,
     )
 
@@ -160,6 +165,16 @@ def where_of(results: Iterable[Result]) -> str:
     return " and ".join(places)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a check found."""
+
+    problems: list[str]
+    """What is wrong, a line each."""
+    notes: list[str]
+    """What could not be compared, and why; all else is as it should be."""
+
+
 class Published:
     """The files of a figure in a folder of results.
 
@@ -172,11 +187,6 @@ class Published:
         self.plan = plan
         folder = out / plan.experiment
         self.paths = {suffix: folder / f"{plan.name}.{suffix}" for suffix in (*PICTURES, "csv", "json")}
-
-    @property
-    def exists(self) -> bool:
-        """Whether any of its files is there."""
-        return any(path.exists() for path in self.paths.values())
 
     def write(self, made: Made) -> None:
         """Draw it; the sidecar, which says what the other files are, comes last."""
@@ -206,29 +216,59 @@ class Published:
                 file.write(content)
 
     def sidecar(self) -> dict[str, Any]:
-        """What `write` said of it."""
-        return json.loads(self.paths["json"].read_bytes())
+        """What `write` said of it.
 
-    def problems(self) -> list[str]:
-        """What is wrong with its files, a line each. Without `other_versions` it is drawn again."""
-        missing = [f"{path} is missing" for path in self.paths.values() if not path.exists()]
+        Raises:
+            UserError: it is not what `write` writes.
+        """
+        try:
+            sidecar = json.loads(self.paths["json"].read_bytes())
+        except ValueError as error:
+            raise UserError(f"{self.paths['json']} is no JSON: {error}") from None
+        known = sidecar if isinstance(sidecar, dict) else {}
+        lacking = [name for name, kind in SIDECAR.items() if not isinstance(known.get(name), kind)]
+        if lacking:
+            raise UserError(f"{self.paths['json']} is no sidecar: it lacks {', '.join(lacking)}")
+        return sidecar
+
+    def check(self, results_dir: Path | None = None) -> Findings:
+        """Hold its files to one another and to its plan; with a folder of results, to the runs in it too."""
+        missing = [path for path in self.paths.values() if not path.is_file()]
+        if len(missing) == len(self.paths):
+            folder = missing[0].parent
+            return Findings([f"not published in {folder}; clipbench figures {self.plan.name} draws it"], [])
         if missing:
-            return missing
-        sidecar = self.sidecar()
-        found = [
+            return Findings([f"{path} is missing" for path in missing], [])
+        try:
+            sidecar, table = self.sidecar(), self._table()
+        except UserError as error:
+            return Findings([str(error)], [])
+        problems, notes = self._problems_of_files(sidecar)
+        if results_dir is not None:
+            of_runs, notes_of_runs = self._problems_of_runs(sidecar, table, results_dir)
+            problems, notes = problems + of_runs, notes + notes_of_runs
+        return Findings(problems, notes)
+
+    def _table(self) -> pd.DataFrame:
+        try:
+            return read_table(self.paths["csv"].read_bytes())
+        except ValueError as error:
+            raise UserError(f"{self.paths['csv']} holds no table: {error}") from None
+
+    def _problems_of_files(self, sidecar: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        problems = [
             f"{self.paths[suffix]} is not the file that was drawn: its digest differs from the sidecar's"
-            for suffix, digest in sidecar["files"].items()
-            if _sha256(self.paths[suffix].read_bytes()) != digest
+            for suffix in (*PICTURES, "csv")
+            if _sha256(self.paths[suffix].read_bytes()) != sidecar["files"].get(suffix)
         ]
         now = json.loads(json.dumps(self.plan.drawn_as))
-        changed = [key for key, value in now.items() if value != sidecar["drawn_as"][key]]
+        changed = [key for key, value in now.items() if value != sidecar["drawn_as"].get(key)]
         if changed:
-            found.append(
-                f"conf/figure/{self.plan.name}.yaml says another {', '.join(changed)} than was drawn"
-            )
-        elif not self.other_versions():
-            found += self._differences_of_redrawing(sidecar["caption"])
-        return found
+            told = f"conf/figure/{self.plan.name}.yaml says another {', '.join(changed)} than was drawn"
+            return [*problems, told], []
+        if other := other_versions(sidecar["versions"]):
+            return problems, [f"picture not compared: {other}"]
+        return problems + self._differences_of_redrawing(sidecar["caption"]), []
 
     def _differences_of_redrawing(self, caption: str) -> list[str]:
         try:
@@ -241,33 +281,38 @@ class Published:
             if self.paths[suffix].read_bytes() != content
         ]
 
-    def other_versions(self) -> str:
-        """Why its pictures cannot be compared byte by byte here; empty if they can."""
-        then, now = self.sidecar()["versions"], drawn_with()
-        return ", ".join(
-            f"{name} is {now[name]} here and was {then.get(name)}"
-            for name in now
-            if now[name] != then.get(name)
-        )
-
-    def problems_of_runs(self, results_dir: Path) -> list[str]:
-        """What its runs in this folder would change, a line each."""
-        then = self.sidecar()["runs"]
+    def _problems_of_runs(
+        self, sidecar: Mapping[str, Any], table: pd.DataFrame, results_dir: Path
+    ) -> tuple[list[str], list[str]]:
+        then = sidecar["runs"]
         try:
             made = make(self.plan, *base.ended(runs_of(self.plan, results_dir)))
         except UserError as error:
-            return [f"its {len(then)} runs: {error}"]
-        found = [f"run {path} is missing" for path in then if path not in made.runs]
-        found += [
+            return [f"its {len(then)} runs: {error}"], []
+        problems = [f"run {path} is missing" for path in then if path not in made.runs]
+        problems += [
             f"run {path} has changed: {then[path]} was drawn, {content} is there"
             for path, content in made.runs.items()
             if path in then and then[path] != content
         ]
-        found += [f"run {path} is there and was not drawn" for path in made.runs if path not in then]
-        difference = first_difference(read_table(self.paths["csv"].read_bytes()), read_table(made.csv))
-        return (
-            [*found, f"{self.paths['csv']} is not what the runs give: {difference}"] if difference else found
-        )
+        problems += [f"run {path} is there and was not drawn" for path in made.runs if path not in then]
+        now = read_table(made.csv)
+        difference = first_difference(table, now)
+        if not difference:
+            return problems, []
+        # The same runs with other times have been made again, and seconds have no second time.
+        again = not problems and made.seconds != sidecar["seconds"] and isinstance(self.plan.kind, base.Timed)
+        if again and not first_difference(*map(self.plan.kind.repeatable, (table, now))):
+            return [], ["times not compared: the same runs were made again, and took others"]
+        return [*problems, f"{self.paths['csv']} is not what the runs give: {difference}"], []
+
+
+def other_versions(then: Mapping[str, str]) -> str:
+    """Why pictures drawn with these versions cannot be compared byte by byte here; empty if they can."""
+    now = drawn_with()
+    return ", ".join(
+        f"{name} is {now[name]} here and was {then.get(name)}" for name in now if now[name] != then.get(name)
+    )
 
 
 def first_difference(then: pd.DataFrame, now: pd.DataFrame) -> str:

@@ -193,6 +193,7 @@ def _usual_plans(results: list[Result]) -> Iterator[tuple[Plan, list[Result]]]:
             title=f"{task}: what the methods do to the gradient",
             panels=TELEMETRY,
             log=("grad_norm", "threshold"),
+            shares=("clipped",),
             centre="median",
             points=100,
             **lines,

@@ -21,6 +21,8 @@ EXACT_FROM = 10
 """Seeds from which a bootstrap interval holds what it says; with fewer it is too narrow: approximate."""
 REPETITIONS = 5000
 """Of a bootstrap."""
+RESOLUTION = 1e-6
+"""Relative; values that differ by less are one number, but for the rounding of float32."""
 HORIZON = 4.0
 """Times the best time at which a performance profile ends."""
 
@@ -53,7 +55,11 @@ class Judgement(NamedTuple):
     """``better``, ``worse`` or ``no detectable difference``."""
     detectable: float
     """Smallest true difference, or factor above 1, that such seeds find with ``POWER`` at the strictest
-    step of Holm; infinite where they are too few, NaN where a run diverged."""
+    step of Holm; infinite where they are too few, NaN where a run diverged, or where each pair is of equal
+    runs, which say nothing of their spread."""
+    decidable: bool
+    """Whether the same values could have given a verdict, had they fallen otherwise to method and reference:
+    not so below two pairs, nor where a run diverged and not even ranks without overlap would pass Holm."""
     wins: float
     """Share of the pairs in which the method is better; ties count half."""
     improvement: float
@@ -71,8 +77,13 @@ def to_scores(values: ArrayLike, higher_is_better: bool) -> np.ndarray:
     return np.where(np.isfinite(values), values if higher_is_better else -values, -np.inf)
 
 
-def mean_interval(values: ArrayLike) -> Interval:
-    """Mean with its t-interval; no interval of one value, or where one is not finite."""
+def mean_interval(values: ArrayLike, least_spread: float = 0.0) -> Interval:
+    """Mean with its t-interval; no interval of one value, or where one is not finite.
+
+    Args:
+        values: of which it is.
+        least_spread: standard deviation to assume where theirs is smaller.
+    """
     values = np.asarray(values, float)
     if len(values) == 0:
         return Interval(math.nan, math.nan, math.nan)
@@ -80,7 +91,7 @@ def mean_interval(values: ArrayLike) -> Interval:
         mean = float(values.mean())
     if len(values) < 2 or not np.isfinite(values).all():
         return Interval(mean, math.nan, math.nan)
-    standard_error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    standard_error = max(float(values.std(ddof=1)), least_spread) / math.sqrt(len(values))
     half = float(special.stdtrit(len(values) - 1, 1 - ALPHA / 2)) * standard_error
     return Interval(mean, mean - half, mean + half)
 
@@ -93,6 +104,11 @@ def judge(
     Losses are compared by their ratios: runs under heavy-tailed noise end decades apart, where the mean of
     differences is that of the worst run, and hides all others.
 
+    Three seeds of a metric that counts examples often differ by equally many of its grains: a spread of 0,
+    which a t-test takes for proof. Where all differences, or all ratios, of a method are equal, their spread
+    is taken as what rounding to the grain alone would leave, and two seeds tell nothing. One grain in each of
+    three seeds is then p = 0.051, in each of five 0.005; ten grains in each of three are 0.0006.
+
     Args:
         pairs: for each method its values and the reference's, seed by seed.
         higher_is_better: whether a larger value is.
@@ -101,10 +117,12 @@ def judge(
     compared = [tuple(to_scores(side, higher_is_better) for side in pair) for pair in pairs]
     tests = [_test(own, other, higher_is_better) for own, other in compared]
     family = sum(test.name != "none" for test in tests)
-    adjusted = holm([test.p for test in tests])
+    p_values = [test.p for test in tests]
+    adjusted = holm(p_values)
+    lowest = [holm([*p_values[:at], test.lowest_p, *p_values[at + 1 :]])[at] for at, test in enumerate(tests)]
     return [
-        _judgement(own, other, test, p_holm, higher_is_better, alpha, family)
-        for (own, other), test, p_holm in zip(compared, tests, adjusted, strict=True)
+        _judgement(own, other, test, p_holm, lowest_p_holm <= alpha, higher_is_better, alpha, family)
+        for (own, other), test, p_holm, lowest_p_holm in zip(compared, tests, adjusted, lowest, strict=True)
     ]
 
 
@@ -112,37 +130,71 @@ class _Test(NamedTuple):
     name: str
     p: float
     """Two-sided."""
+    lowest_p: float = 0.0
+    """That the same values could have given."""
     advantage: float = 0.0
     """Above 0 if the method is ahead."""
     spread: float = math.nan
     """Standard deviation of what the test is of."""
+    grain: float = 0.0
+    """Of the metric, where all differences or all ratios are equal; else 0, as it does not matter."""
 
 
 def _test(own: np.ndarray, other: np.ndarray, higher_is_better: bool) -> _Test:
     """Test scores for a difference, in the way that they allow."""
     if len(own) < 2:
-        return _Test("none", math.nan)
+        return _Test("none", math.nan, lowest_p=math.nan)
     both = np.concatenate([own, other])
     if not np.isfinite(both).all():
         # No mean to test. Ranks take infinities as they are; pairs are not looked at, as the signs of five
         # differences could not even tell five diverged runs from five good ones.
         p = float(stats.mannwhitneyu(own, other).pvalue)
-        return _Test("ranks", p, probability_of_improvement(own, other) - 0.5)
-    if not higher_is_better and (both < 0).all():
-        return _Test("ratio", *_paired_t(-np.log(-own), -np.log(-other)))
-    return _Test("difference", *_paired_t(own, other))
+        lowest_p = float(stats.mannwhitneyu(*np.split(np.sort(both), 2)).pvalue)
+        return _Test("ranks", p, lowest_p, probability_of_improvement(own, other) - 0.5)
+    return _paired_t(own, other, ratio=not higher_is_better and bool((both < 0).all()))
 
 
-def _paired_t(own: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Return p, mean and standard deviation of the differences."""
+def _paired_t(own: np.ndarray, other: np.ndarray, ratio: bool) -> _Test:
+    """Test whether the mean difference is 0, or the mean logarithm of the ratios."""
+    name = "ratio" if ratio else "difference"
+    size = np.maximum(np.abs(own), np.abs(other))
     differences = own - other
-    count, mean, spread = len(differences), differences.mean(), differences.std(ddof=1)
-    if spread <= 1e-12 * max(np.abs(own).max(), np.abs(other).max()):  # but for rounding they are one number
-        # Two equal differences are nothing unusual for a metric that counts examples.
-        p = 1.0 if count == 2 or abs(mean) <= spread else 0.0
-    else:
-        p = 2 * special.stdtr(count - 1, -abs(mean) / spread * math.sqrt(count))
-    return float(p), float(mean), float(spread)
+    if (np.abs(differences) <= RESOLUTION * size).all():
+        return _Test(name, 1.0)
+    tested = _log_ratios(own, other) if ratio else differences
+    equal = _is_one_number(differences, size) or (ratio and _is_one_number(tested, 1.0))
+    grain = _grain(own, other) if equal else 0.0
+    count, mean = len(tested), tested.mean()
+    spread = max(tested.std(ddof=1), _rounding(own, other, grain, ratio))
+    p = 1.0 if equal and count == 2 else 2 * special.stdtr(count - 1, -abs(mean) / spread * math.sqrt(count))
+    return _Test(name, float(p), advantage=float(mean), spread=float(spread), grain=grain)
+
+
+def _log_ratios(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Logarithms of ratios of negative scores, above 0 where own is better."""
+    return np.log(-other) - np.log(-own)
+
+
+def _is_one_number(values: np.ndarray, size: ArrayLike) -> bool:
+    """Whether values are equal, but for what numbers of this size lose to rounding."""
+    return bool((np.abs(values - values.mean()) <= RESOLUTION * np.asarray(size)).all())
+
+
+def _grain(own: np.ndarray, other: np.ndarray) -> float:
+    """Smallest step between values of two methods; no more than their largest difference."""
+    values = np.unique(np.concatenate([own, other]))
+    steps = np.diff(values)
+    steps = steps[steps > RESOLUTION * np.maximum(np.abs(values[1:]), np.abs(values[:-1]))]
+    return float(steps.min(initial=np.abs(own - other).max()))
+
+
+def _rounding(own: np.ndarray, other: np.ndarray, grain: float, ratio: bool) -> float:
+    """Standard deviation of the differences, or log ratios, of values rounded to a grain, from that alone.
+
+    The error of each is spread evenly over one grain, so its variance is a twelfth of the grain's square.
+    """
+    errors = grain / np.concatenate([own, other]) if ratio else grain
+    return math.sqrt(np.mean(np.square(errors)) / 6)
 
 
 def _judgement(
@@ -150,6 +202,7 @@ def _judgement(
     other: np.ndarray,
     test: _Test,
     p_holm: float,
+    decidable: bool,
     higher_is_better: bool,
     alpha: float,
     family: int,
@@ -163,19 +216,21 @@ def _judgement(
     ratio = Interval(math.nan, math.nan, math.nan)
     if test.name == "ratio":
         with np.errstate(over="ignore"):
-            ratio = Interval(*np.exp(mean_interval(np.log(-own) - np.log(-other))).tolist())
+            rounding = _rounding(own, other, test.grain, ratio=True)
+            ratio = Interval(*np.exp(mean_interval(_log_ratios(other, own), rounding)).tolist())
             detectable = float(np.exp(detectable))
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, and meant so
         differences = own - other if higher_is_better else other - own
     return Judgement(
         seeds=len(own),
-        difference=mean_interval(differences),
+        difference=mean_interval(differences, _rounding(own, other, test.grain, ratio=False)),
         ratio=ratio,
         test=test.name,
         p=test.p,
         p_holm=p_holm,
         verdict=verdict,
         detectable=detectable,
+        decidable=decidable,
         wins=win_share(own, other),
         improvement=probability_of_improvement(own, other),
     )

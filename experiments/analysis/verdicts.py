@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import numpy as np
 
 from experiments.analysis import stats
 from experiments.analysis.entries import Entry, by_task, floor
+from experiments.analysis.methods import Result, Unfinished
 from experiments.analysis.stats import Interval
 from experiments.analysis.tables import Row, Show, Table, cell
 
 REFERENCE = "reference"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 RATIO = ("ratio", "ratio_low", "ratio_high")
-JUDGED = ("test", "p", "p_holm", "detectable", "wins", "improvement")
+JUDGED = ("test", "p", "p_holm", "detectable", "decidable", "wins", "improvement")
 MEGABYTE = 2**20
 
 
@@ -50,10 +52,10 @@ def runs_table(entries: Iterable[Entry]) -> Table:
     return Table("runs", "The runs compared", rows, {key: key for key in rows[0]})
 
 
-def raw_table(entries: Sequence[Entry], targets: Mapping[str, Target], unfinished: Sequence[str]) -> Table:
-    """One row a task and method: what was measured, nothing inferred."""
+def raw_table(entries: Sequence[Entry], targets: Mapping[str, Target], missing: Sequence[str]) -> Table:
+    """One row a task and method: what was measured, nothing inferred; ``missing`` are notes on the rest."""
     rows = [_raw_row(entry, targets.get(entry.task)) for entry in entries]
-    names = ("task", "preset", "optimizer", "clipping", "settings", "seeds", "diverged")
+    names = ("task", "preset", "optimizer", "clipping", "settings", "seeds", "diverged", "failed")
     columns: dict[str, str | Show] = {
         **{name: name for name in names},
         "metric": lambda row: f"{row['metric']} ({row['better']})",
@@ -72,10 +74,34 @@ def raw_table(entries: Sequence[Entry], targets: Mapping[str, Target], unfinishe
         "in final",
         *_targets_told(by_task(entries), targets),
         f"ms/step: mean over the training steps of a run; p95 over seeds; {_hardware(entries)}",
+        *_survivors(entries),
+        *missing,
     ]
-    if unfinished:
-        notes.append(f"not finished, so not compared: {'; '.join(unfinished)}")
     return Table("raw", "What was measured", rows, columns, tuple(notes))
+
+
+def notes_on_missing(unfinished: Sequence[Unfinished], results: Iterable[Result]) -> list[str]:
+    """What to say of runs that are not among the results."""
+    known = {result.run.names["digest"] for result in results}
+    lost = [one for one in unfinished if one.failed and one.run.names["digest"] not in known]
+    counts = Counter("/".join(one.run.path.parts[-4:-1]) for one in lost)
+    notes = []
+    if counts:
+        told = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        notes.append(f"all runs failed, so there is no row: {told}")
+    if unfinished:
+        notes.append(f"not finished, so not compared: {'; '.join(map(str, unfinished))}")
+    return notes
+
+
+def _survivors(entries: Iterable[Entry]) -> list[str]:
+    """Warnings of methods whose numbers are those of the runs that were not lost."""
+    return [
+        f"{entry.task}: of {entry.failed + len(entry.seeds)} runs of {entry.method} {entry.failed} failed, "
+        "by an error, lack of memory, a kill or a time limit: its mean and all else is over the survivors"
+        for entry in entries
+        if entry.failed
+    ]
 
 
 def _targets_told(tasks: Mapping[str, list[Entry]], targets: Mapping[str, Target]) -> list[str]:
@@ -103,6 +129,7 @@ def _raw_row(entry: Entry, target: Target | None) -> Row:
         "method": entry.method,
         "seeds": len(entry.seeds),
         "diverged": entry.diverged,
+        "failed": entry.failed,
         "metric": entry.metric,
         "better": "higher" if entry.higher_is_better else "lower",
         "final": entry.median,
@@ -156,7 +183,7 @@ def task_table(entries: Sequence[Entry], references: Mapping[Entry, Entry]) -> T
     columns: dict[str, str | Show] = {
         **{name: name for name in ("task", "method", "verdict")},
         "mean [95%]": lambda row: _ranged(row["mean"], row["mean_low"], row["mean_high"]),
-        "n": lambda row: str(row["seeds"]) + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
+        "n": _counted,
         "to reference [95%]": _against_reference,
         "pairs": "pairs",
         "p (Holm)": lambda row: "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
@@ -165,15 +192,28 @@ def task_table(entries: Sequence[Entry], references: Mapping[Entry, Entry]) -> T
         "P(better)": lambda row: _percent(row["improvement"]),
     }
     notes = [
+        *_who_is_compared(entries, references),
+        *_survivors(entries),
+        *_undecidable(rows),
         "to reference: difference paired by seed, or ratio (x) where lower is better, with t-intervals; p of "
         "its t-test, or of a rank test where a run diverged and there is no mean; Holm over the methods of a "
         f"task; verdict at {stats.ALPHA:g}",
         f"detectable: true difference or ratio that these seeds would find with probability {stats.POWER:g}",
         "wins: share of pairs in which the method is better; P(better): that any run of it beats any of the "
         "reference's",
-        *_who_is_compared(entries, references),
     ]
     return Table("tasks", "Task by task", rows, columns, tuple(notes))
+
+
+def _undecidable(rows: Iterable[Row]) -> list[str]:
+    """A warning of methods of which so few seeds tell nothing."""
+    told = [f"{row['method']} on {row['task']}" for row in rows if row["decidable"] is False]
+    if not told:
+        return []
+    return [
+        f"too few seeds for any verdict on {', '.join(told)}: the same values, had all of the method's been "
+        "better or all been worse, would not have passed the test"
+    ]
 
 
 def judged_against(
@@ -202,6 +242,7 @@ def _task_row(entry: Entry, reference: Entry | None, judged: stats.Judgement | N
         "metric": entry.metric,
         "seeds": len(entry.seeds),
         "diverged": entry.diverged,
+        "failed": entry.failed,
         "mean": mean,
         "mean_low": low,
         "mean_high": high,
@@ -227,7 +268,8 @@ def _who_is_compared(entries: Sequence[Entry], references: Mapping[Entry, Entry]
             )
         without = [entry.method for entry in of_task if entry not in references]
         if without:
-            notes.append(f"{task}: nothing to compare {', '.join(without)} with; --reference names a method")
+            told = f"{task}: no verdict, as there is nothing to compare {', '.join(without)} with"
+            notes.append(f"{told}; --reference names a method")
         for entry in of_task:
             if entry in references and not set(entry.seeds) & set(references[entry].seeds):
                 notes.append(f"{task}: {entry.method} shares no seed with {references[entry].method}")
@@ -330,6 +372,12 @@ def _missing(used: Sequence[str], tasks: Iterable[str]) -> str:
 def _ranged(value: float | None, low: float | None, high: float | None) -> str:
     """A number and, if there is one, its interval."""
     return cell(value) if low is None else f"{cell(value)} [{cell(low)}, {cell(high)}]"
+
+
+def _counted(row: Row) -> str:
+    """How many seeds, and how many of them came to nothing: ``3 (1 diverged), 2 failed``."""
+    told = f"{row['seeds']}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
+    return told + (f", {row['failed']} failed" if row["failed"] else "")
 
 
 def _against_reference(row: Row) -> str:

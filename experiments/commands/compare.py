@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.errors import UserError, nearest
+from experiments.errors import UserError, nearest, writing
 
 if TYPE_CHECKING:
     from experiments.runs import Run
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Compare the methods of finished runs: what was measured, on each task a verdict against a reference on the
 same seeds, and all tasks together. Prints tables; --out writes them in all formats, with the curves.
+
+  clipbench compare adhoc                          an experiment, also --experiment adhoc
+  clipbench compare results/sweeps/adhoc/b91c6c0   what a sweep has run: the folder that it printed last
+  clipbench compare some/runs more/runs --reference norm
 """
 FORMATS = ("text", "markdown", "latex", "csv", "json")
 
@@ -22,8 +26,14 @@ FORMATS = ("text", "markdown", "latex", "csv", "json")
 def main(argv: list[str]) -> int:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="clipbench compare", description=DESCRIPTION)
-    parser.add_argument("folder", nargs="*", help="run folders, or folders of them")
+    parser = argparse.ArgumentParser(
+        prog="clipbench compare",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folder", nargs="*", help="run folders, folders of them, sweeps' folders, experiments"
+    )
     parser.add_argument("--experiment", help="the runs of this one instead")
     parser.add_argument("--results-dir", default="results", help="where its runs/ lie (default: results)")
     parser.add_argument("--reference", help="method to compare with (default: no_clip of the same optimizer)")
@@ -39,8 +49,17 @@ def main(argv: list[str]) -> int:
         metavar="SEEDS",
         help="choose the best setting of each method at these seeds, and compare it at the others",
     )
-    parser.add_argument("--format", default="text", help=f"{', '.join(FORMATS)} (default: text)")
-    parser.add_argument("--out", help="folder to write tables and curves into")
+    parser.add_argument(
+        "--format",
+        default="text",
+        help=f"{', '.join(FORMATS)} (default: text); csv has several tables below each other, of which --out "
+        "writes a file each, and json the runs too",
+    )
+    parser.add_argument(
+        "--out",
+        help="folder to write into: each table as CSV and Parquet, all as text, "
+        "Markdown, LaTeX and JSON, and the curves",
+    )
     parser.add_argument("--tables", action="store_true", help="with --out: tables only")
     parser.add_argument(
         "--allow-mixed",
@@ -70,9 +89,14 @@ def main(argv: list[str]) -> int:
         tuned_at=tuned_at,
         allow_mixed=args.allow_mixed,
     )
-    print(tables.FORMATS[args.format](comparison.tables), end="")
+    written: list[Path] = []
     if args.out:
-        print("", *write(comparison, Path(args.out), drawn=not args.tables), sep="\n")
+        with writing("--out", args.out):
+            written = write(comparison, Path(args.out), drawn=not args.tables)
+    every = [*comparison.tables, comparison.runs] if args.format == "json" else comparison.tables
+    print(tables.FORMATS[args.format](every), end="")
+    if written:
+        print("", *written, sep="\n")
     return 0
 
 
@@ -82,18 +106,35 @@ def _runs(folders: list[str], root: Path, experiment: str | None) -> list[Run]:
 
     if folders and experiment:
         raise UserError("give folders or --experiment, not both")
-    if folders:
-        for folder in folders:
-            if not find_runs(folder):
-                raise UserError(f"there are no runs in {folder}; 'clipbench run' makes one")
-        return list({run.path.resolve(): run for folder in folders for run in find_runs(folder)}.values())
     known = sorted(path.name for path in root.glob("*/"))
     there = f"{root} has {', '.join(known) or 'none'}"
+    if folders:
+        runs = {}
+        for folder in folders:
+            found = _runs_in(folder, root)
+            if not found:
+                raise UserError(
+                    f"there are no runs in {folder}, and no experiment of that name: {there}; "
+                    f"'clipbench run' makes one.{nearest(folder, known)}"
+                )
+            runs |= {run.path.resolve(): run for run in found}
+        return list(runs.values())
     if experiment is None:
         raise UserError(f"name folders of runs, or an --experiment: {there}")
     if experiment not in known:
         raise UserError(f"there is no --experiment {experiment}: {there}.{nearest(experiment, known)}")
     return find_runs(root / experiment)
+
+
+def _runs_in(folder: str, root: Path) -> list[Run]:
+    """The runs at and below a folder, of a sweep, or of the experiment of this name; else none."""
+    from experiments.runs import find_runs
+    from experiments.sweeps import Sweep
+
+    sweep = Sweep(folder)
+    if sweep.exists:
+        return [sweep.run(job) for job in sweep.jobs()]
+    return find_runs(folder) or find_runs(root / folder)
 
 
 def _targets(text: str) -> dict[str | None, float]:

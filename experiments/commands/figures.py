@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit code 1 if a figure is not what its CSV gives",
+        help="write nothing; exit code 1 if a figure is missing or is not what its CSV gives",
     )
     parser.add_argument("--runs", action="store_true", help="with --check: or not what the runs give")
     args = parser.parse_args(argv)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     plans = find_plans(conf_dir() / "figure", args.name)
     results_dir, out = Path(args.results_dir), Path(args.out)
     if args.check:
-        return _check(plans, out, results_dir if args.runs else None, named=bool(args.name))
+        return _check(plans, out, results_dir if args.runs else None)
     code = _run(plans, results_dir) if args.run else 0
     return max(code, _draw(plans, results_dir, out, named=bool(args.name)))
 
@@ -84,23 +84,16 @@ def _draw(plans: list[Plan], results_dir: Path, out: Path, *, named: bool) -> in
     return code
 
 
-def _check(plans: list[Plan], out: Path, results_dir: Path | None, *, named: bool) -> int:
+def _check(plans: list[Plan], out: Path, results_dir: Path | None) -> int:
     from experiments.analysis.publish import Published
 
     failed = 0
     for plan in plans:
-        published = Published(plan, out)
-        if not named and not published.exists:
-            print(f"{plan.name}: not published in {out}")
-            continue
-        problems = published.problems()
-        if results_dir is not None and published.paths["json"].exists():
-            problems += published.problems_of_runs(results_dir)
-        for problem in problems:
+        found = Published(plan, out).check(results_dir)
+        for problem in found.problems:
             print(f"{plan.name}: FAILED: {problem}")
-        failed += bool(problems)
-        if not problems:
-            other = published.other_versions()
-            held = f"data ok, picture not compared: {other}" if other else "ok"
+        failed += bool(found.problems)
+        if not found.problems:
+            held = f"data ok, {', '.join(found.notes)}" if found.notes else "ok"
             print(f"{plan.name}: {held}", flush=True)
     return int(failed > 0)

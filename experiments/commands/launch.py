@@ -390,11 +390,14 @@ def _publish(sweep: Sweep, rows: list[Row], *, fresh: bool) -> None:
         _publish_tuning(sweep, tuned, fresh=fresh)
     if _are_methods(jobs) and (fresh or not sweep.comparison_path.exists()):
         from experiments.analysis.compare import write_comparison
+        from experiments.analysis.methods import Mixed
 
         try:
             write_comparison([sweep.run(job) for job in jobs], sweep.path)
         except UserError as error:
             print(f"not compared: {error}")
+            if isinstance(error, Mixed):
+                print(f"  clipbench compare {_shown(sweep.path)} --allow-mixed")
     if _are_methods(jobs) and sweep.comparison_path.exists():
         print(f"compared: {_shown(sweep.comparison_path)}")
 

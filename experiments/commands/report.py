@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.errors import UserError, nearest
+from experiments.errors import UserError, nearest, writing
 
 
 def main(argv: list[str]) -> int:
@@ -39,12 +39,10 @@ def main(argv: list[str]) -> int:
     title = ", ".join(experiments)
     page = report(title, runs, plans, sweeps)
     out = Path(args.out) if args.out else results_dir / next(iter(experiments)) / "report.html"
-    try:
+    with writing("--out", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(out) as file:
             file.write(page.encode())
-    except OSError as error:
-        raise UserError(f"--out: cannot write {error.filename}: {error.strerror}") from None
     print(out)
     return 0
 

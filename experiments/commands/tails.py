@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.commands.composing import composed
-from experiments.errors import UserError
+from experiments.errors import UserError, writing
 
 TAILS_HELP = """\
 clipbench tails [KEY=VALUE ...]: at frozen weights, how gradient norms and gradient noise are distributed.
@@ -71,10 +71,8 @@ def main(argv: list[str]) -> int:
 def _publish(report: Path, out: str) -> None:
     import shutil
 
-    try:
+    with writing("out", out):
         shutil.copytree(report, out, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: cannot write {out}: {error}") from None
 
 
 def _settings(argv: list[str]) -> dict[str, str]:

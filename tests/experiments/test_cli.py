@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -336,6 +337,23 @@ def test_unknown_commands_and_lists_name_the_nearest(capsys):
     assert "Did you mean 'run'?" in capsys.readouterr().err
     assert clipbench("list", "clippings") == 2
     assert "Did you mean 'clipping'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["list", "preset"], ["help"]])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(command):
+    code = "import sys; from experiments import cli; sys.argv[1:] = sys.stdin.read().split(); cli.main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        told = subprocess.run(
+            [sys.executable, "-c", code],
+            input=" ".join(command),
+            text=True,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (told.stderr, told.returncode) == ("", 1)
 
 
 def test_list_shows_every_option_with_a_line_each(capsys):

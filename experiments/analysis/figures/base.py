@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -50,6 +50,14 @@ class Kind(Protocol):
 
     def draw(self, table: pd.DataFrame) -> Figure:
         """The picture of a table, as it comes back from CSV."""
+
+
+@runtime_checkable
+class Timed(Kind, Protocol):
+    """A kind that draws seconds, which no run takes twice."""
+
+    def repeatable(self, table: pd.DataFrame) -> pd.DataFrame:
+        """What of a table the same runs give again when they are made again."""
 
 
 def ended(runs: Iterable[Run]) -> tuple[list[Result], list[Result]]:
@@ -147,12 +155,16 @@ def _refuse_twins(one: Result, other: Result, by: Sequence[str]) -> None:
 
 
 def in_order(keys: Iterable[tuple[Any, ...]], order: Iterable[str] = ()) -> list[tuple[Any, ...]]:
-    """Sort keys of several values as their names stand in ``order``, the others by the rank of each value."""
+    """Sort keys of several values by the rank of each; names of several in ``order`` stand as there."""
     order = list(order)
 
-    def place(key: tuple[Any, ...]) -> tuple[int, list[tuple[Any, ...]]]:
-        name = label(key, {})
-        return order.index(name) if name in order else len(order), [rank(value, order) for value in key]
+    def place(key: tuple[Any, ...]) -> tuple[list[tuple[Any, ...]], int]:
+        ranks = [rank(value, order) for value in key]
+        names = [label(key[start:], {}) for start in range(len(key))]
+        return next(
+            ((ranks[:start], order.index(name)) for start, name in enumerate(names) if name in order),
+            (ranks, len(order)),
+        )
 
     return sorted(keys, key=place)
 

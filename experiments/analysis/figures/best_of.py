@@ -20,7 +20,8 @@ from experiments.analysis.stats import expected_best_of, to_scores
 from experiments.analysis.style import QUIET
 from experiments.runs import FINISHED
 
-AT_DEFAULT = -0.2
+BORDER = 0.6
+"""On the axis of k, left of which the defaults stand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +118,19 @@ class BestOf:
         return figure
 
     def _draw_panel(self, axes: Axes, shown: pd.DataFrame, drawn: dict[str, Mark]) -> None:
+        most = int(shown["k"].max())
+        at_default = BORDER - max(0.8, 0.1 * most)
         for number, (line, how) in enumerate(drawn.items()):
             points = shown[(shown["line"] == line) & (shown["kind"] == "best of")]
             axes.plot(points["k"], points["value"], color=how.color, linestyle=how.linestyle)
             untuned = shown[(shown["line"] == line) & (shown["kind"] == "default")]
             # Beside each other, left of the curves.
-            at = AT_DEFAULT + 0.5 * (number / max(len(drawn) - 1, 1) - 0.5)
+            at = at_default + 0.5 * (number / max(len(drawn) - 1, 1) - 0.5)
             axes.plot([at] * len(untuned), untuned["value"], color=how.color, marker=how.marker, linestyle="")
-        most = int(shown["k"].max())
         ticks = [1, *MaxNLocator(5, integer=True).tick_values(2, most)]
         ticks = sorted({int(tick) for tick in ticks if 1 <= tick <= most})
-        axes.set_xticks([AT_DEFAULT, *ticks], ["default", *map(str, ticks)])
-        axes.axvline(0.6, color=QUIET, linewidth=0.6)
+        axes.set_xticks([at_default, *ticks], ["default", *map(str, ticks)])
+        axes.axvline(BORDER, color=QUIET, linewidth=0.6)
         axes.set_xlabel("k, settings tried")
         base.quiet_grid(axes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,8 @@ STRETCHES = {"mean": "mean", "max": "largest"}
 CHARACTERS_OF_A_NAME = 28  # in a line of it
 FEW = 30
 """Points that are marked one by one."""
+SHARES = (0, 0.0001, 0.001, 0.01, 0.1, 0.5, 1)
+"""Named on the axis of a share."""
 X_NAMES = {"step": "step", "epoch": "epoch"}
 
 
@@ -35,7 +37,8 @@ class Curves:
 
     A line is the mean over seeds with its t-interval, or their median with the range of all. Where runs
     diverged it is that of the others, the legend says how many these are, and each diverged run is drawn by
-    itself up to a cross where it ends.
+    itself up to a cross where it ends. A share is always the mean over seeds, without a band: one of few
+    steps would reach from none to all.
 
     Args:
         title: above the figure.
@@ -46,6 +49,7 @@ class Curves:
         facets: setting that tells columns of panels apart.
         centre: ``mean`` or ``median``.
         log: columns on a log scale.
+        shares: columns from 0 to 1, in percent, on a scale that spreads out what is near 0.
         points: at most so many along a line; of a run with more records one for each of equal stretches.
         stretches: what stands for a stretch, its ``mean`` or its ``max``.
     """
@@ -58,6 +62,7 @@ class Curves:
     facets: str | None = None
     centre: str = "mean"
     log: Sequence[str] = ()
+    shares: Sequence[str] = ()
     points: int = 200
     stretches: str = "mean"
 
@@ -102,7 +107,7 @@ class Curves:
         if alive:
             together = pd.concat(alive, axis=1)
             for x, values in zip(together.index, together.to_numpy(), strict=True):
-                rows.append({"kind": "line", "seed": None, **told, "x": x, **self._point(values)})
+                rows.append({"kind": "line", "seed": None, **told, "x": x, **self._point(values, column)})
         for result, values in series:
             if base.lost(result):
                 rows += [
@@ -116,8 +121,10 @@ class Curves:
         at = x if stretch is None else np.ceil(x / stretch) * stretch
         return values.groupby(at.to_numpy()).agg(self.stretches)
 
-    def _point(self, values: np.ndarray) -> dict[str, float]:
+    def _point(self, values: np.ndarray, column: str) -> dict[str, float]:
         values = values[~np.isnan(values)]
+        if column in self.shares:
+            return {"value": values.mean()}
         if self.centre == "median":
             return {"value": np.median(values), "low": values.min(), "high": values.max()}
         return dict(zip(("value", "low", "high"), mean_interval(values), strict=True))
@@ -138,6 +145,7 @@ class Curves:
                 if axes in grid[-1]:
                     axes.set_xlabel(X_NAMES[self.x])
             name += ", log scale" if column in self.log else ""
+            name += ", fourth-root scale" if column in self.shares else ""
             row[0].set_ylabel(textwrap.fill(name, CHARACTERS_OF_A_NAME))
         self._legend(figure, table, drawn)
         return figure
@@ -148,9 +156,10 @@ class Curves:
             few = how.marker if len(points) <= FEW else ""
             if kind == "line":
                 axes.plot(points["x"], points["value"], color=how.color, linestyle=how.linestyle, marker=few)
-                axes.fill_between(
-                    points["x"], points["low"], points["high"], color=how.color, alpha=0.15, linewidth=0
-                )
+                if column not in self.shares:
+                    axes.fill_between(
+                        points["x"], points["low"], points["high"], color=how.color, alpha=0.15, linewidth=0
+                    )
             else:
                 axes.plot(
                     points["x"], points["value"], color=how.color, linestyle=how.linestyle, linewidth=0.7
@@ -160,6 +169,8 @@ class Curves:
                 )
         if column in self.log:
             base.log_scale(axes)
+        if column in self.shares:
+            _share_scale(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(x=0.02)
         base.quiet_grid(axes)
@@ -179,6 +190,8 @@ class Curves:
             "mean": "Line: mean over seeds; band: its 95 % interval",
             "median": "Line: median over seeds; band: their range",
         }[self.centre]
+        if self.shares:
+            told += "; shares: mean over seeds, without band"
         if table["stretch"].notna().any():
             told += f"; of each run the {STRETCHES[self.stretches]} of every {self._lengths(table)}"
         base.explain(figure, f"{told}.")
@@ -187,6 +200,19 @@ class Curves:
         lengths = sorted(table["stretch"].dropna().unique())
         unit = f"{X_NAMES[self.x]}{'' if lengths == [1] else 's'}"
         return f"{' or '.join(f'{length:g}' for length in lengths)} {unit}"
+
+
+def _share_scale(axes: Axes) -> None:
+    """A scale on which one of a hundred thousand elements is told from none, and none has a place."""
+    root, power = _to_the(1 / 4), _to_the(4)
+    axes.set_yscale("function", functions=(root, power))
+    axes.set_ylim(power(np.array([-0.04, 1.04])))  # no line lies on the edge
+    axes.set_yticks(SHARES, [f"{100 * share:g} %" for share in SHARES])
+
+
+def _to_the(exponent: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Power of a number without its sign, which it keeps."""
+    return lambda share: np.sign(share) * np.abs(share) ** exponent
 
 
 def stretch_of(last: float, records: int, points: int) -> float | None:

@@ -64,6 +64,10 @@ class TimesToTarget:
                 ]
         return pd.DataFrame(rows)
 
+    def repeatable(self, table: pd.DataFrame) -> pd.DataFrame:
+        """What of a table the same runs give again: the steps."""
+        return table[table["panel"] == "steps"].reset_index(drop=True)
+
     def draw(self, table: pd.DataFrame) -> Figure:
         """Two panels, a row for each method."""
         drawn = base.marks_of(table)

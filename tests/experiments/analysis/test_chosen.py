@@ -96,6 +96,17 @@ def test_compared(tuned, tmp_path):
     assert {row["seed"] for row in comparison.runs.rows} == {*SELECT, *REPORT}
 
 
+def test_failed_runs_count_where_they_are_reported(tuned, make_run, tmp_path):
+    for seed, lr in ((10, 0.2), (1, 0.3), (11, 0.1)):
+        settings = {"optimizer.lr": lr}
+        make_run(0.5, seed=seed, status="oom", clipping="norm", settings=settings, experiment="again")
+    comparison = compare(runs_of_all(tmp_path), tuned_at=SELECT, reference="sgd no_clip")
+    for name in ("tasks", "untuned"):
+        failed = {row["method"]: row["failed"] for row in rows(comparison, name)}
+        assert failed == {method: int(method == "sgd norm") for method in failed}
+    assert not any("all runs failed" in note for note in comparison.tables[0].notes)
+
+
 def test_the_table_of_trials_names_the_setting_that_is_reported(make_run, tmp_path):
     """By the mean, though the median of the other is larger."""
     for lr, finals in ((0.2, (0.5, 0.5, 0.5)), (0.3, (0.6, 0.6, 0.0))):

@@ -134,6 +134,50 @@ class TestRaw:
         told = comparison.tables[0].notes[-1]
         assert all(f"{run.path}: {run.status['status']}" in told for run in lost)
 
+    def test_failed_runs_are_counted_in_every_format(self, make_runs, make_run):
+        runs = [*make_runs([0.5, 0.6, 0.7]), *make_runs([0.5, NAN], clipping="norm")]
+        for seed, status in enumerate(("oom", "error", "timeout", "killed", "oom"), start=2):
+            runs.append(make_run(0.9, seed=seed, status=status, clipping="norm"))
+        live = make_run(0.9, seed=9, clipping="norm")
+        with live.lock():
+            live.start(live.config())
+            comparison = compare([*runs, live])
+        for name in ("raw", "tasks"):
+            counts = {key[1]: (row["seeds"], row["failed"]) for key, row in rows(comparison, name).items()}
+            assert counts == {"no_clip": (3, 0), "norm": (2, 5)}
+        assert rows(comparison, "tasks")["cola", "norm"]["mean"] == -INF  # of two, one of which diverged
+        note = (
+            "cola: of 7 runs of norm 5 failed, by an error, lack of memory, a kill or a time limit: its mean"
+        )
+        for table in comparison.tables[:2]:
+            assert sum(told.startswith(note) for told in table.notes) == 1
+            assert not any("runs of no_clip" in told for told in table.notes)
+            for written in (table.text(), table.markdown()):
+                assert note in written
+            assert "5 failed" in table.latex()
+            assert "failed" in table.csv().splitlines()[0].split(",")
+        cells = dict(zip(comparison.tables[0].columns, comparison.tables[0].cells()[1], strict=True))
+        assert (cells["clipping"], cells["seeds"], cells["diverged"], cells["failed"]) == (
+            "norm",
+            "2",
+            "1",
+            "5",
+        )
+        assert comparison.tables[1].cells()[1][4] == "2 (1 diverged), 5 failed"
+
+    def test_a_method_all_of_whose_runs_failed_is_named(self, make_runs, make_run):
+        lost = [make_run(0.5, seed=seed, clipping="agc", status="oom") for seed in (0, 1, 2)]
+        told = compare([*make_runs([0.5, 0.6]), *lost]).tables[0].text()
+        digest = lost[0].names["digest"]
+        assert f"all runs failed, so there is no row: cola-mini/sgd-agc/{digest} (3)" in told
+
+    def test_failed_runs_at_other_seeds_do_not_count(self, make_runs, make_run):
+        runs = [*make_runs([0.5, 0.6, 0.7]), make_run(0.5, seed=7, status="oom")]
+        for seeds, count in ((None, 1), ({0, 1}, 0), ({0, 7}, 1)):
+            comparison = compare(runs, seeds=seeds)
+            assert rows(comparison, "raw")["cola", "no_clip"]["failed"] == count
+            assert ("seed=7: oom" in comparison.tables[0].text()) == bool(count)
+
     def test_threads_that_differ_are_told(self, make_run):
         comparison = compare([make_run(0.5), make_run(0.5, seed=1, threads=2)])
         assert "1 or 2 threads: times do not compare" in comparison.tables[0].text()
@@ -185,7 +229,16 @@ class TestTasks:
             None,
             None,
         )
+        assert "too few seeds for any verdict on norm on cola: " in comparison.tables[1].text()
         assert row["verdict"] == "no detectable difference"
+
+    def test_seeds_that_could_not_have_told_even_diverged_runs_are_named(self, make_runs):
+        for count, decidable in ((3, False), (4, True)):
+            runs = [*make_runs([0.5, 0.6, 0.7, 0.8][:count]), *make_runs([NAN] * count, clipping="norm")]
+            comparison = compare(runs)
+            assert rows(comparison, "tasks")["cola", "norm"]["decidable"] is decidable
+            noted = "too few seeds for any verdict on norm on cola: " in comparison.tables[1].text()
+            assert noted is not decidable
 
     def test_holm_is_over_the_methods_of_a_task(self, make_runs):
         finals = [0.50, 0.52, 0.48]
@@ -225,6 +278,15 @@ class TestTasks:
         assert tasks["cola", "agc lr=1"]["reference"] is None
         assert tasks["cola", "agc lr=1"]["verdict"] is None
         assert "nothing to compare agc lr=1 with; --reference" in comparison.tables[1].text()
+
+    def test_without_a_reference_the_first_note_says_so(self, make_runs):
+        comparison = compare(
+            [*make_runs([0.5, 0.6], clipping="agc"), *make_runs([0.7, 0.6], clipping="norm")]
+        )
+        assert {row["verdict"] for row in comparison.tables[1].rows} == {None}
+        assert comparison.tables[1].notes[0] == (
+            "cola: no verdict, as there is nothing to compare agc, norm with; --reference names a method"
+        )
 
     def test_a_reference_by_name(self, make_runs):
         runs = [*make_runs([0.5, 0.6]), *make_runs([0.7, 0.9], clipping="norm")]

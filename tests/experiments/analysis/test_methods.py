@@ -102,7 +102,45 @@ def test_unfinished_runs_are_named(make_run):
     done, killed = make_run(0.5), make_run(0.5, seed=1, status="killed")
     results, others = finished([done, killed])
     assert [result.run for result in results] == [done]
-    assert others == [f"{killed.path}: killed"]
+    assert list(map(str, others)) == [f"{killed.path}: killed"]
+
+
+def test_a_run_that_failed_in_one_experiment_and_finished_in_another_is_no_failed_one(make_run):
+    done, _ = make_run(0.5), make_run(0.5, status="oom", experiment="before")
+    lost = [make_run(0.5, seed=1, status="oom", experiment=name) for name in ("a", "b")]
+    results, others = finished([done, *lost])
+    assert [result.run for result in results] == [done]
+    assert [(one.failed, one.status) for one in others] == [(True, "oom")]
+
+
+SUMMARY, CONFIG = "summary.json", "config.yaml"
+DAMAGE = {
+    "a summary that was cut off": (SUMMARY, lambda text: text[: len(text) // 2], f"{SUMMARY}: "),
+    "an empty summary": (SUMMARY, lambda text: "", f"{SUMMARY}: Expecting value"),
+    "a summary that says little": (SUMMARY, lambda text: "{}", "do not say task, preset, clipping, "),
+    "a status that was cut off": ("status.json", lambda text: text[:20], "status.json: "),
+    "a config cut off between lines": (CONFIG, lambda text: text[: text.index("max_steps")], "max_steps"),
+    "a config cut off within a line": (
+        CONFIG,
+        lambda text: text[: text.index("clipping") + 4],
+        f"{CONFIG}: ",
+    ),
+    "an empty config": (CONFIG, lambda text: "", f"{CONFIG} holds no settings"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_named(make_run, name):
+    file, change, told = DAMAGE[name]
+    good, bad = make_run(0.5), make_run(0.5, clipping="norm")
+    (bad.path / file).write_text(change((bad.path / file).read_text()))
+    with pytest.raises(UserError) as refused:
+        finished([good, bad])
+    message = str(refused.value)
+    assert message.startswith(f"the run {bad.path} cannot be used: ")
+    assert message.endswith("Delete that folder, and make the run again")
+    assert told in message
+    assert "\n" not in message
 
 
 MIXTURES = {
@@ -121,7 +159,7 @@ def test_mixtures_are_refused(make_run, what):
     one, other = make_run(0.5), make_run(0.5, clipping="norm", **change)
     results, _ = finished([one, other])
     with pytest.raises(
-        UserError, match=f"these runs differ in their {what}: .* or give --allow-mixed"
+        UserError, match=f"these runs differ in their {what}: .* or with clipbench compare --allow-mixed"
     ) as refused:
         identify(results, allow_mixed=False)
     assert f"{value} in {one.path}" in str(refused.value)

@@ -18,7 +18,8 @@ from experiments.analysis.figures.cost import CostAnatomy
 from experiments.analysis.figures.curves import Curves
 from experiments.analysis.figures.heatmap import HeatMap
 from experiments.analysis.figures.plan import Plan
-from experiments.analysis.publish import Published, first_difference, make, runs_of
+from experiments.analysis.figures.target import TimesToTarget
+from experiments.analysis.publish import Findings, Published, first_difference, make, runs_of
 from experiments.analysis.render import read_table, render
 from experiments.errors import UserError
 
@@ -83,9 +84,9 @@ def test_what_is_published(published, runs, tmp_path):
 
 
 def test_fresh_figures_pass(published, tmp_path):
-    assert published.problems() == []
-    assert published.problems_of_runs(tmp_path) == []
-    assert published.other_versions() == ""
+    assert published.check().problems == []
+    assert published.check(tmp_path).problems == []
+    assert published.check(tmp_path).notes == []
 
 
 def test_the_bytes_do_not_depend_on_the_process_or_the_time(published, tmp_path):
@@ -128,13 +129,51 @@ def test_the_last_digits_of_the_layout_do_not_show(published, monkeypatch):
 @pytest.mark.parametrize("suffix", ["png", "pdf", "csv", "json"])
 def test_a_missing_file(published, suffix):
     published.paths[suffix].unlink()
-    assert published.problems() == [f"{published.paths[suffix]} is missing"]
+    assert published.check().problems == [f"{published.paths[suffix]} is missing"]
+
+
+def test_no_file_is_left(published, tmp_path):
+    shutil.rmtree(tmp_path / "made")
+    told = f"not published in {tmp_path / 'made'}; clipbench figures curves draws it"
+    assert published.check(tmp_path).problems == [told]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "curves.json is no JSON: Expecting value"),
+        (b'{"command": "clipbench fig', "curves.json is no JSON: Unterminated string"),
+        (b"\xff", "curves.json is no JSON: 'utf-8' codec can't decode"),
+        (b"[]", "curves.json is no sidecar: it lacks files, drawn_as, caption, versions, runs, seconds"),
+        (b'{"files": 3}', "curves.json is no sidecar: it lacks files, drawn_as"),
+    ],
+)
+def test_a_sidecar_that_is_none(published, tmp_path, content, told):
+    published.paths["json"].write_bytes(content)
+    (problem,) = published.check(tmp_path).problems
+    assert told in problem
+
+
+def test_a_sidecar_that_vouches_for_nothing(published):
+    edit_sidecar(published, files={}, drawn_as={}, versions={})
+    problems = published.check().problems
+    assert [problem.split(" is not the file that was drawn")[0] for problem in problems[:3]] == [
+        str(published.paths[suffix]) for suffix in ("png", "pdf", "csv")
+    ]
+    assert "says another experiment, runs, tuned, figure, note than was drawn" in problems[3]
+
+
+@pytest.mark.parametrize("content", [b"", b'facet,"line', b"\xff\xfe,\n"])
+def test_a_csv_that_is_none(published, tmp_path, content):
+    published.paths["csv"].write_bytes(content)
+    (problem,) = published.check(tmp_path).problems
+    assert problem.startswith(f"{published.paths['csv']} holds no table: ")
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_a_picture_with_another_byte(published, suffix, monkeypatch):
     edit(published.paths[suffix], lambda old: old[:-20] + bytes([old[-20] ^ 1]) + old[-19:])
-    digest, redrawn = published.problems()
+    digest, redrawn = published.check().problems
     assert (
         digest
         == f"{published.paths[suffix]} is not the file that was drawn: its digest differs from the sidecar's"
@@ -142,14 +181,14 @@ def test_a_picture_with_another_byte(published, suffix, monkeypatch):
     assert redrawn == f"{published.paths[suffix]} is not what its CSV gives when it is drawn again"
     # Where it cannot be drawn again the digest still tells.
     monkeypatch.setattr(publish, "drawn_with", lambda: {"matplotlib": "0.1"})
-    assert published.problems() == [digest]
+    assert published.check().problems == [digest]
 
 
 def test_a_picture_that_its_sidecar_vouches_for_is_drawn_again(published):
     edit(published.paths["png"], lambda old: old + b"more")
     digests = published.sidecar()["files"] | {"png": publish._sha256(published.paths["png"].read_bytes())}
     edit_sidecar(published, files=digests)
-    assert published.problems() == [
+    assert published.check().problems == [
         f"{published.paths['png']} is not what its CSV gives when it is drawn again"
     ]
 
@@ -158,49 +197,52 @@ def test_another_number_in_the_csv(published, tmp_path):
     before = published.paths["csv"].read_bytes()
     edit(published.paths["csv"], lambda old: old.replace(b",40,0.79", b",40,0.81", 1))
     assert published.paths["csv"].read_bytes() != before
-    told = "\n".join(published.problems())
+    told = "\n".join(published.check().problems)
     assert "curves.csv is not the file that was drawn" in told
     assert "curves.png is not what its CSV gives" in told
     assert "curves.pdf is not what its CSV gives" in told
-    (problem,) = published.problems_of_runs(tmp_path)
-    assert "curves.csv is not what the runs give" in problem
+    *of_files, of_runs = published.check(tmp_path).problems
+    assert of_files == told.splitlines()
+    assert "curves.csv is not what the runs give" in of_runs
 
 
 def test_a_csv_that_cannot_be_drawn_is_a_problem_and_no_crash(published):
     edit(published.paths["csv"], lambda old: b"facet,line\n1,2\n")
-    assert any("cannot be drawn" in problem for problem in published.problems())
+    assert any("cannot be drawn" in problem for problem in published.check().problems)
 
 
 def test_other_versions_of_what_draws_are_told_and_not_compared(published, monkeypatch):
     versions = published.sidecar()["versions"] | {"freetype": "2.6.1", "python": "3.99"}
     edit_sidecar(published, versions=versions)
     here = publish.drawn_with()["freetype"]
-    assert published.other_versions() == f"freetype is {here} here and was 2.6.1"
-    assert published.problems() == []
+    told = f"picture not compared: freetype is {here} here and was 2.6.1"
+    assert published.check() == Findings(problems=[], notes=[told])
 
 
 def test_a_changed_plan(published, tmp_path):
     changed = Published(plan_of(runs={"clipping": "norm"}, figure={"title": "another"}), tmp_path)
-    assert changed.problems() == ["conf/figure/curves.yaml says another runs, figure than was drawn"]
+    assert changed.check().problems == ["conf/figure/curves.yaml says another runs, figure than was drawn"]
 
 
 def test_a_missing_run(published, runs, tmp_path):
     shutil.rmtree(runs[4].path)
     path = "/".join(runs[4].path.parts[-5:])
-    missing, numbers = published.problems_of_runs(tmp_path)
+    missing, numbers = published.check(tmp_path).problems
     assert missing == f"run {path} is missing"
     assert "curves.csv is not what the runs give: " in numbers
-    assert published.problems() == []  # without runs nothing is known of it
+    assert published.check().problems == []  # without runs nothing is known of it
 
 
 def test_no_run_is_left(published, tmp_path):
     shutil.rmtree(tmp_path / "runs")
-    assert published.problems_of_runs(tmp_path) == ["its 6 runs: no finished runs of made"]
+    assert published.check(tmp_path).problems == [
+        "its 6 runs: no finished runs of made; clipbench figures curves --run makes them"
+    ]
 
 
 def test_a_changed_run(published, runs, make_run, tmp_path):
     make_run(0.85, clipping="norm", seed=1)  # in the place of 0.8
-    changed, _ = published.problems_of_runs(tmp_path)
+    changed, _ = published.check(tmp_path).problems
     assert changed.startswith(f"run {publish.path_of(runs[4])} has changed: ok ")
 
 
@@ -209,26 +251,55 @@ def test_a_run_whose_numbers_are_not_drawn_has_changed_all_the_same(runs, tmp_pa
     records = runs[4].records()
     records.loc[3, "train/loss"] += 1e-6
     records.to_parquet(runs[4].path / "metrics.parquet", index=False)
-    (changed,) = published.problems_of_runs(tmp_path)
+    (changed,) = published.check(tmp_path).problems
     assert "has changed" in changed
 
 
 def test_a_run_that_was_not_drawn(published, make_run, tmp_path):
     run = make_run(0.85, clipping="norm", seed=7)
-    assert f"run {publish.path_of(run)} is there and was not drawn" in published.problems_of_runs(tmp_path)
+    assert f"run {publish.path_of(run)} is there and was not drawn" in published.check(tmp_path).problems
 
 
-def test_the_same_run_made_again_has_not_changed_but_its_times_have(runs, make_run, tmp_path):
-    curves, cost = (
-        publish_it(plan_of(), tmp_path),
-        publish_it(plan_of(CostAnatomy(title="cost"), name="cost"), tmp_path),
-    )
+TIMED = [CostAnatomy(title="times"), TimesToTarget(title="times", target=0.45)]
+
+
+def make_again(make_run) -> None:
+    """The runs of the second method, which take longer now."""
     time = {"data": 0.1, "forward": 1.0, "backward": 2.0, "clip+step": 1.5}
     for seed, final in enumerate([0.7, 0.8, 0.9]):
         make_run(final, clipping="norm", seed=seed, seconds=99.0, time=time)
-    assert curves.problems_of_runs(tmp_path) == []
-    (problem,) = cost.problems_of_runs(tmp_path)
-    assert "cost.csv is not what the runs give: milliseconds of row 6" in problem
+
+
+@pytest.mark.parametrize("kind", TIMED)
+def test_the_same_run_made_again_has_not_changed_and_its_times_are_not_compared(
+    kind, runs, make_run, tmp_path
+):
+    curves, timed = publish_it(plan_of(), tmp_path), publish_it(plan_of(kind, name="times"), tmp_path)
+    make_again(make_run)
+    assert curves.check(tmp_path) == Findings([], [])
+    told = "times not compared: the same runs were made again, and took others"
+    assert timed.check(tmp_path) == Findings([], [told])
+
+
+@pytest.mark.parametrize("kind", TIMED)
+def test_times_that_the_very_same_runs_did_not_take(kind, runs, tmp_path):
+    timed = publish_it(plan_of(kind, name="times"), tmp_path)
+    column = "milliseconds" if isinstance(kind, CostAnatomy) else "time"
+    table = read_table(timed.paths["csv"].read_bytes())
+    table.loc[len(table) - 1, column] *= 2
+    table.to_csv(timed.paths["csv"], index=False)
+    assert any(
+        f"is not what the runs give: {column} of row" in told for told in timed.check(tmp_path).problems
+    )
+
+
+def test_new_times_hide_no_other_number(runs, make_run, tmp_path):
+    timed = publish_it(plan_of(TIMED[1], name="times"), tmp_path)
+    make_again(make_run)
+    before = timed.paths["csv"].read_bytes()
+    edit(timed.paths["csv"], lambda old: old.replace(b",30.0,1,", b",20.0,1,", 1))
+    assert timed.paths["csv"].read_bytes() != before
+    assert any("is not what the runs give: time of row" in told for told in timed.check(tmp_path).problems)
 
 
 def test_an_unfinished_run_is_told_of_and_not_drawn(runs, make_run, tmp_path):
@@ -289,4 +360,4 @@ def test_diverged_runs_stay_in_a_published_map(make_runs, tmp_path):
     published = publish_it(plan_of(HeatMap(title="map"), name="map"), tmp_path)
     table = read_table(published.paths["csv"].read_bytes())
     assert table["value"].tolist() == [-math.inf, 0.5]
-    assert published.problems() == []
+    assert published.check().problems == []

@@ -196,17 +196,106 @@ class TestJudge:
         assert math.isnan(one.p)
         assert other.p_holm == other.p  # they are no members of the family
 
-    def test_two_equal_differences_of_a_counted_metric_are_nothing_unusual(self):
+
+class TestGrain:
+    """Equal differences have a spread of 0, and a metric that counts examples has them by chance."""
+
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32])
+    def test_one_grain_in_each_of_three_seeds_is_no_proof(self, dtype):
+        (judged,) = judge([(np.array([0.91, 0.62, 0.33], dtype), np.array([0.90, 0.61, 0.32], dtype))], True)
+        # By hand: each value errs by 0.01 / sqrt(12), a difference by 0.01 / sqrt(6), so t = sqrt(6) sqrt(3).
+        assert judged.p == pytest.approx(2 * scipy.stats.t.sf(math.sqrt(18), 2), rel=1e-4)
+        assert judged.verdict == NO_DIFFERENCE
+        assert judged.difference.low < 0 < judged.difference.value < judged.difference.high
+        assert judged.detectable == pytest.approx(detectable_difference(0.01 / math.sqrt(6), 3), rel=1e-4)
+
+    def test_nor_is_one_error_more_in_each_of_three_seeds_though_the_ratios_differ(self):
+        own, other = [18, 19, 17], [17, 18, 16]
+        assert scipy.stats.ttest_rel(np.log(own), np.log(other)).pvalue < 0.002
+        (judged,) = judge([(own, other)], higher_is_better=False)
+        assert (judged.test, judged.verdict) == ("ratio", NO_DIFFERENCE)
+        assert judged.p == pytest.approx(0.05, abs=0.005)
+        assert judged.ratio.low < 1 < judged.ratio.high
+        assert judged.difference.low < 0 < judged.difference.high
+        assert judged.detectable > 1.05
+
+    def test_equal_ratios_are_no_certainty(self):
+        own, other = np.array([2, 4, 6]), np.array([1, 2, 3])
+        (judged,) = judge([(own, other)], higher_is_better=False)
+        spread = math.sqrt(np.mean(1 / own**2 + 1 / other**2) / 12)  # of a logarithm, for a grain of 1
+        assert judged.ratio.value == pytest.approx(2)
+        assert judged.p == pytest.approx(2 * scipy.stats.t.sf(math.log(2) / spread * math.sqrt(3), 2))
+
+    @pytest.mark.parametrize(("seeds", "grains"), [(3, 10), (5, 1), (5, 10), (10, 1)])
+    def test_many_grains_or_many_seeds_are_found_among_eight_methods(self, seeds, grains):
+        correct = 70 + np.random.default_rng(0).permutation(seeds)
+        alike = [(correct / 100, correct[::-1] / 100)] * 7
+        *_, higher = judge([*alike, ((correct + grains) / 100, correct / 100)], True)
+        *_, lower = judge([*alike, ((correct + grains) / 100, correct / 100)], False)
+        assert (higher.verdict, lower.verdict, lower.test) == (BETTER, WORSE, "ratio")
+
+    def test_two_equal_differences_tell_nothing(self):
         assert judge([([0.51, 0.61], [0.50, 0.60])], True)[0].verdict == NO_DIFFERENCE
-        assert judge([([0.51, 0.61, 0.41], [0.50, 0.60, 0.40])], True)[0].verdict == BETTER
-        assert judge([([0.5, 0.6, 0.4], [0.5, 0.6, 0.4])], True)[0].p == 1
+        assert judge([([0.91, 0.93], [0.50, 0.52])], True)[0].p == 1
+
+    @pytest.mark.parametrize("values", [[0.5, 0.6, 0.4], [0.5, 0.5, 0.5]])
+    @pytest.mark.parametrize("higher_is_better", [True, False])
+    def test_equal_runs(self, values, higher_is_better):
+        (judged,) = judge([(values, values)], higher_is_better)
+        assert (judged.p, judged.verdict, judged.difference) == (1, NO_DIFFERENCE, (0, 0, 0))
+        assert math.isnan(judged.detectable)
+
+    @pytest.mark.parametrize("higher_is_better", [True, False])
+    def test_a_metric_without_a_grain_has_the_plain_test(self, higher_is_better):
+        """Also where a method moves seeds that lie far apart by almost the same: no step is that small."""
+        rng = np.random.default_rng(0)
+        for seeds in range(2, 11):
+            for noise in (1, 1e-3):
+                seed, own, other = rng.normal([[0], [0.3], [0]], [[2], [noise], [noise]], (3, seeds))
+                own, other = seed + own, seed + other
+                pair = (own, other) if higher_is_better else (np.exp(own), np.exp(other))
+                (judged,) = judge([pair], higher_is_better)
+                assert judged.p == pytest.approx(scipy.stats.ttest_rel(own, other).pvalue)
+                assert judged.difference == pytest.approx(mean_interval(pair[0] - pair[1]))
+                if not higher_is_better:
+                    assert judged.ratio == pytest.approx(tuple(np.exp(mean_interval(own - other))))
+
+
+class TestDecidable:
+    @pytest.mark.parametrize(
+        ("seeds", "methods", "decidable"), [(3, 1, False), (4, 1, True), (4, 8, False), (6, 8, True)]
+    )
+    def test_all_diverged_against_all_good(self, seeds, methods, decidable):
+        judged = judge([([NAN] * seeds, np.arange(seeds) + 0.5)] * methods, higher_is_better=True)
+        assert {each.decidable for each in judged} == {decidable}
+        assert {each.verdict for each in judged} == {WORSE if decidable else NO_DIFFERENCE}
+
+    def test_it_is_of_what_could_have_been(self):
+        (judged,) = judge([([0.5, NAN, 0.6, 0.7], [0.4, 0.65, 0.55, 0.3])], higher_is_better=True)
+        assert (judged.verdict, judged.decidable) == (NO_DIFFERENCE, True)
+
+    def test_verdicts_of_others_leave_more_to_one_method(self):
+        rng = np.random.default_rng(0)
+        other = rng.normal(size=4)
+        found = (other + rng.normal(9, 0.01, 4), other)
+        *_, judged = judge([*[found] * 7, ([NAN] * 4, other)], higher_is_better=True)
+        assert (judged.verdict, judged.decidable) == (WORSE, True)
+
+    def test_a_mean_can_always_tell_and_one_seed_never(self):
+        assert judge([([1, 2], [2, 1])], True)[0].decidable
+        assert not judge([([1], [2])], True)[0].decidable
 
 
 METHODS, SEEDS, DRAWS = 4, 5, 1000
 
 
-def granular(rng, size):
-    return np.round(rng.normal(0.8, 0.02, size) * 100) / 100
+def rounded(sd: float, mean: float = 80.3):
+    """A percentage without decimals."""
+    return lambda rng, size: np.round(rng.normal(mean, sd, size)) / 100
+
+
+def counted(examples: int, chance: float):
+    return lambda rng, size: rng.binomial(examples, chance, size) / examples
 
 
 def sometimes_diverged(rng, size):
@@ -226,8 +315,8 @@ def correlated(rng, size):
         (lambda rng, size: rng.lognormal(size=size), False, SEEDS),
         (lambda rng, size: rng.lognormal(size=size), False, 3),
         (lambda rng, size: rng.pareto(1.5, size) + 1, False, 10),
-        (granular, True, 2),
-        (granular, True, 3),
+        (rounded(2), True, 2),
+        (rounded(2), True, 3),
         (sometimes_diverged, False, 3),
         (sometimes_diverged, False, SEEDS),
         (sometimes_diverged, True, 10),
@@ -235,13 +324,35 @@ def correlated(rng, size):
 )
 def test_no_method_is_called_better_when_all_are_alike(draw, higher_is_better, seeds):
     """1,000 comparisons of four methods with a reference that is drawn from the same distribution."""
+    assert max(false_verdicts(draw, higher_is_better, seeds, METHODS)) <= 0.05 * DRAWS
+
+
+@pytest.mark.parametrize(
+    ("draw", "higher_is_better", "seeds"),
+    [
+        (rounded(0.6), True, 3),
+        (rounded(0.8), True, 3),
+        (rounded(0.8), True, SEEDS),
+        (rounded(0.8, mean=17.3), False, 3),
+        (counted(128, 0.99), True, 3),
+        (counted(1, 0.5), True, 3),
+        (counted(1, 0.5), True, 4),
+    ],
+)
+def test_nor_are_eight_by_a_metric_of_few_values(draw, higher_is_better, seeds):
+    assert max(false_verdicts(draw, higher_is_better, seeds, methods=8)) <= 0.05 * DRAWS
+
+
+def false_verdicts(draw, higher_is_better: bool, seeds: int, methods: int) -> tuple[int, int]:
+    """Draws with a false `better`, and with a false `worse`."""
     rng = np.random.default_rng(0)
-    false = 0
+    better = worse = 0
     for _ in range(DRAWS):
-        other, *methods = draw(rng, (1 + METHODS, seeds))
-        judged = judge([(own, other) for own in methods], higher_is_better)
-        false += any(each.verdict == BETTER for each in judged)
-    assert false <= 0.05 * DRAWS
+        other, *others = draw(rng, (1 + methods, seeds))
+        verdicts = {each.verdict for each in judge([(own, other) for own in others], higher_is_better)}
+        better += BETTER in verdicts
+        worse += WORSE in verdicts
+    return better, worse
 
 
 def test_without_holm_they_would_be():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 
 import pytest
 
 from experiments import cli
+from experiments.runs import find_runs
+from experiments.sweeps import find_sweeps
 
 QUADRATIC = "run task=quadratic eval_every=20 device=cpu quiet=true keep=none"
 
@@ -73,10 +76,63 @@ def test_formats(form, begins, capsys):
     assert capsys.readouterr().out.startswith(begins)
 
 
+def test_json_has_the_run_behind_every_number(capsys):
+    assert clipbench("--experiment", "quadratic_grid", "--format", "json") == 0
+    tables = json.loads(capsys.readouterr().out)
+    assert [table["name"] for table in tables] == ["raw", "tasks", "runs"]
+    runs = find_runs("results/runs/quadratic_grid")
+    assert sorted(row["path"] for row in tables[-1]["rows"]) == sorted(str(run.path) for run in runs)
+
+
+def test_an_experiments_name_and_a_sweeps_folder_are_runs_too(capsys):
+    assert clipbench("--experiment", "quadratic_grid", "--format", "json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    (sweep,) = find_sweeps("results")
+    for folders in (["quadratic_grid"], [str(sweep.path)], [str(sweep.path), "quadratic_grid"]):
+        assert clipbench(*folders, "--format", "json") == 0
+        assert json.loads(capsys.readouterr().out) == whole
+
+
+def test_a_sweep_tells_how_its_mixture_is_compared(elsewhere, capsys):
+    folder = f"{elsewhere}/mixed"
+    argv = f"-m clipping=no_clip,norm max_steps=20,40 results_dir={folder}"
+    assert cli._dispatch([*QUADRATIC.split(), *argv.split()]) == 0
+    told = capsys.readouterr().out
+    assert "not compared: these runs differ in their max_steps" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("  clipbench compare ")]
+    assert clipbench(*shlex.split(line)[2:]) == 0
+    assert "max_steps=20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["metrics.parquet", "summary.json", "status.json", "config.yaml"])
+def test_a_damaged_run_is_named(name, tmp_path, capsys):
+    shutil.copytree("results/runs/quadratic_grid", tmp_path / "runs/quadratic_grid")
+    run = next(run for run in find_runs(tmp_path) if run.names["clipping"] == "norm")
+    file = run.path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert cli._dispatch(["compare", "quadratic_grid", "--results-dir", str(tmp_path)]) == 2
+    out, told = capsys.readouterr()
+    assert out == ""
+    assert told.startswith(f"clipbench: the run {run.path} cannot be used: ")
+    assert told.endswith("Delete that folder, and make the run again\n")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_out_that_cannot_be_written(out, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert clipbench("--experiment", "quadratic_grid", "--out", str(tmp_path / out)) == 2
+    printed, told = capsys.readouterr()
+    assert printed == ""
+    assert told.startswith(f"clipbench: --out: cannot write {tmp_path / out}: ")
+    assert told.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_seeds_target_and_metric(capsys):
     options = ["--seeds", "1,5-7", "--target", "quadratic=5", "--metric", "loss", "--format", "json"]
     assert clipbench("--experiment", "quadratic_grid", *options) == 0
-    raw, tasks = json.loads(capsys.readouterr().out)
+    raw, tasks, _ = json.loads(capsys.readouterr().out)
     assert [(row["seeds"], row["target"], row["reached"]) for row in raw["rows"]] == [(1, 5, 1), (1, 5, 1)]
     assert tasks["rows"][1]["pairs"] == 1
 
@@ -109,7 +165,8 @@ REFUSED = {
     "--experiment quadratic": "results/runs has adhoc, quadratic_grid. Did you mean 'quadratic_grid'",
     "--experiment x --results-dir nowhere": "no --experiment x: nowhere/runs has none",
     "--experiment adhoc results": "give folders or --experiment, not both",
-    "nowhere": "there are no runs in nowhere; 'clipbench run' makes one",
+    "nowhere": "no runs in nowhere, and no experiment of that name: results/runs has adhoc, quadratic_grid;",
+    "quadratic_gird": "'clipbench run' makes one. Did you mean 'quadratic_grid'?",
     "results --format yaml": "--format must be one of text, markdown, latex, csv, json, got 'yaml'",
     "results --format jsn": "Did you mean 'json'?",
     "results --target low": "--target must be a number, or TASK=NUMBER,TASK=NUMBER, got 'low'",
@@ -148,4 +205,6 @@ def test_mixed_budgets_are_refused_and_allowed(capsys):
 
 def test_help(capsys):
     assert clipbench("--help") == 0
-    assert "--allow-mixed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--allow-mixed" in told
+    assert "of which --out writes a file each" in " ".join(told.split())

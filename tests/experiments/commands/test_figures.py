@@ -111,6 +111,32 @@ def test_check_says_where_pictures_are_not_compared(clipbench, runs):
     assert out.startswith("tiny: data ok, picture not compared: matplotlib is ")
 
 
+@pytest.mark.parametrize("argv", [[], ["tiny"], ["--runs"]])
+def test_check_fails_on_a_figure_without_files(clipbench, runs, argv):
+    told = "tiny: FAILED: not published in results/adhoc; clipbench figures tiny draws it\n"
+    assert clipbench("figures", "--check", *argv) == (1, told, "")
+
+
+@pytest.mark.parametrize("argv", [[], ["--runs"]])
+@pytest.mark.parametrize(
+    ("suffix", "content", "told"),
+    [("csv", "", "holds no table"), ("csv", None, "is missing"), ("json", "{", "is no JSON")],
+)
+def test_check_goes_on_after_a_damaged_file(clipbench, runs, suffix, content, told, argv):
+    Path("conf/another.yaml").write_text(YAML)
+    assert clipbench("figures")[0] == 0
+    damaged = Path(f"results/adhoc/another.{suffix}")
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_text(content)
+    code, out, err = clipbench("figures", "--check", *argv)
+    first, second = out.splitlines()
+    assert (code, err) == (1, "")
+    assert first.startswith(f"another: FAILED: {damaged} {told}")
+    assert second == "tiny: ok"
+
+
 def test_check_writes_nothing(clipbench, runs):
     clipbench("figures")
     before = files(runs)
@@ -121,9 +147,8 @@ def test_check_writes_nothing(clipbench, runs):
 def test_without_runs(clipbench):
     told = "tiny: no runs of adhoc; clipbench figures tiny --run makes them\n"
     assert clipbench("figures") == (0, told, "")
-    assert clipbench("figures", "tiny") == (2, "", "clipbench: tiny: no finished runs of adhoc\n")
-    assert clipbench("figures", "--check") == (0, "tiny: not published in results\n", "")
-    assert clipbench("figures", "--check", "tiny")[0] == 1
+    told = "clipbench: tiny: no finished runs of adhoc; clipbench figures tiny --run makes them\n"
+    assert clipbench("figures", "tiny") == (2, "", told)
     assert not Path("results").exists()
 
 

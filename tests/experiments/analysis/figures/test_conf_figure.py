@@ -41,9 +41,11 @@ REPORTED = [100, 101]
 def config_of(overrides: tuple[str, ...]) -> dict:
     """What ``clipbench run`` would run with these settings."""
     given = dict(override.split("=", 1) for override in overrides)
-    with_own = (
-        "\n  - override /preset:" in (conf_dir() / "experiment" / f"{given['experiment']}.yaml").read_text()
+    folders = (conf_dir(), conf_dir().parent / "scripts" / "conf")
+    (experiment,) = (
+        path for folder in folders for path in folder.glob(f"experiment/{given['experiment']}.yaml")
     )
+    with_own = "\n  - override /preset:" in experiment.read_text()
     Presets(given.get("preset", None if with_own else "mini"), given).register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("run", overrides=for_hydra(given), return_hydra_config=True)
@@ -57,24 +59,29 @@ def config_of(overrides: tuple[str, ...]) -> dict:
 
 def runs_for(plan) -> list[tuple[tuple[str, ...], int]]:
     """Settings and seeds of some of the runs that the sweeps of a figure make."""
-    if plan.tuned:
-        return [pair for sweep in plan.sweeps for pair in trials(sweep, plan.tuned["seeds"])]
-    return [(overrides, seed) for sweep in plan.sweeps for overrides in jobs(sweep) for seed in range(SEEDS)]
+    pairs = []
+    for sweep in plan.sweeps:
+        if plan.tuned or "experiment=tune_" in sweep:
+            pairs += trials(sweep, plan.tuned.get("seeds", [0, 1]))
+        else:
+            pairs += [(overrides, seed) for overrides in jobs(sweep) for seed in range(SEEDS)]
+    return pairs
 
 
 def trials(sweep: str, seeds: list[int]) -> list[tuple[tuple[str, ...], int]]:
-    """Two settings of a few methods where they are chosen, one of them and a third where that is reported."""
+    """Two settings of a few methods where they are chosen; one of them, a third and defaults elsewhere."""
     asked = dict(word.split("=", 1) for word in shlex.split(sweep))
     methods = asked.get("hydra.sweeper.methods", "[no_clip,norm,auto_clip]").strip("[]").split(",")
     fixed = [f"{key}={value}" for key, value in asked.items() if not key.startswith("hydra.")]
     where = {"optimizer.lr=0.011": [*seeds, *REPORTED], "optimizer.lr=0.012": seeds}
     where["optimizer.lr=0.013"] = REPORTED
-    return [
+    tried = [
         ((*fixed, f"clipping={method}", lr), seed)
         for method in methods
         for lr, of_lr in (where if method == "norm" else dict(list(where.items())[::2])).items()
         for seed in of_lr
     ]
+    return tried + [((*fixed, f"clipping={method}"), seed) for method in methods for seed in REPORTED]
 
 
 def jobs(sweep: str) -> list[tuple[str, ...]]:
@@ -107,7 +114,8 @@ def own_runs(plan) -> set[str]:
     made = [
         Run.locate("", **place(seeded(overrides, seed), seed))
         for overrides, seed in runs_for(plan)
-        if not plan.tuned or (seed in REPORTED and "optimizer.lr=0.011" in overrides)
+        if (not plan.tuned or (seed in REPORTED and "optimizer.lr=0.011" in overrides))
+        and ("optimizer.lr" not in plan.runs or not any("optimizer.lr=0.01" in word for word in overrides))
     ]
     return {path_of(run) for run in made}
 
@@ -148,7 +156,7 @@ def make_run(results: Path, overrides: tuple[str, ...], seed: int) -> None:
             **{"steps": last, "final": final, "best": {"step": last, "value": 1.0}, "clip_fraction": 0.5},
             **{"clip_unit": "steps", "seconds": 1.2, "device": "cpu, x86_64", "threads": 1, "code": "c0ffee"},
             "time": {"data": 0.1, "forward": 0.4, "backward": 0.5, "clip+step": 0.2},
-            "versions": {"python": "3.11"},
+            "versions": {"python": "3.11", "torch": "2.15"},
         },
     )
 
@@ -174,7 +182,7 @@ def test_a_figure_is_drawn_of_what_its_sweeps_make(name, results, tmp_path):
     plan, drawn = PLANS[name], made(name, results)
     published = Published(plan, tmp_path)
     published.write(drawn)
-    assert published.problems_of_runs(results) == []
+    assert published.check(results).problems == []
     for path in (tmp_path / plan.experiment / f"{name}.{suffix}" for suffix in ("csv", "json", "png", "pdf")):
         assert path.stat().st_size > 0
     assert imread(published.paths["png"]).std() > 0.01
@@ -183,7 +191,8 @@ def test_a_figure_is_drawn_of_what_its_sweeps_make(name, results, tmp_path):
     assert b"/Type3" not in pdf
     assert b"/CreationDate" not in pdf
     assert own_runs(plan) <= set(drawn.runs)
-    assert f"{SEEDS} seeds each" in drawn.caption
+    assert f"{drawn.seeds} each" in drawn.caption
+    assert drawn.seeds.startswith(f"{SEEDS} ")
     if "no_clip" in published.paths["csv"].read_text():
         assert "diverged" in drawn.caption
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
 from experiments.analysis.compare import compare
-from experiments.analysis.figures.base import ended, select
+from experiments.analysis.figures.base import ended, in_order, select
 from experiments.analysis.figures.best_of import BestOf
 from experiments.analysis.figures.cost import PARTS, CostAnatomy
 from experiments.analysis.figures.curves import Curves, stretch_of
@@ -225,6 +225,36 @@ class TestCurves:
     def test_lengths_of_stretches(self, last, records, stretch):
         assert stretch_of(last, records, points=100) == stretch
 
+    def test_shares_are_means_in_percent_and_few_elements_are_told_from_none(self, make_run):
+        runs = []
+        for clipping, shares in (
+            ("no_clip", [0, 0, 0]),
+            ("coordinate_wise", [0, 2e-5, 4e-5]),
+            ("norm", [0, 1, 1]),
+        ):
+            for seed, share in enumerate(shares):
+                run = make_run(0.5, clipping=clipping, seed=seed)
+                records = run.records().assign(clipped=float(share))
+                records.to_parquet(run.path / "metrics.parquet", index=False)
+                runs.append(run)
+        kind = Curves(title="", panels={"clipped": "share"}, shares=["clipped"], centre="median", points=10)
+        table = table_of(kind, runs)
+        assert table.groupby("line")["value"].agg(["min", "max"]).to_numpy() == pytest.approx(
+            np.repeat([[2e-5], [0], [2 / 3]], 2, axis=1)
+        )
+        figure = drawn(kind, table)
+        (axes,) = figure.axes
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            *("0 %", "0.01 %", "0.1 %", "1 %", "10 %", "50 %", "100 %"),
+        ]
+        assert axes.get_ylabel() == "share, fourth-root scale"
+        none, few, most = (axes.transData.transform((0, share))[1] for share in (0, 2e-5, 1))
+        bottom, top = axes.get_window_extent().intervaly
+        assert few - none > 0.05 * (top - bottom)
+        assert bottom < none < most < top
+        assert len(axes.collections) == 0  # no band
+        assert "shares: mean over seeds, without band" in figure.get_label()
+
     def test_facets_and_colours(self, make_run):
         noises = ("student", "gaussian")
         runs = [
@@ -304,14 +334,46 @@ class TestPerformanceProfile:
         figure = drawn(kind, table)
         assert legend_of(figure) == ["no_clip: 0.50", "norm: 0.83"]
         assert BEYOND in np.concatenate([line.get_xdata() for line in figure.axes[1].lines])
-        steps = figure.axes[0].lines[1]
-        np.testing.assert_allclose(steps.get_xdata(), [1, 2, 4])
-        np.testing.assert_allclose(steps.get_ydata(), [0.5, 1, 1], atol=0.02)
+        assert "Targets: cola 0.5 (given), voc 0.5 (given)." in figure.get_label()
+        steps, markers = figure.axes[0].lines[2:]
+        assert steps.get_xydata().tolist() == [[1, 0.5], [2, 1], [4, 1]]
+        assert markers.get_xydata().tolist() == [[1.75, 0.5], [2.75, 1], [3.75, 1]]
 
-    def test_a_task_without_target_or_a_method_not_on_all_tasks(self, make_run):
+    def test_equal_profiles_are_drawn_where_they_are_and_seen_all(self, make_run):
+        names = ["no_clip", "norm", "layer_wise", "coordinate_wise", "auto_clip"]
+        runs = [make_run(1.0, task=task, clipping=name) for task in ("cola", "voc") for name in names]
+        kind = PerformanceProfile(title="profile", targets={"cola": 0.5, "voc": 0.5})
+        lines = drawn(kind, table_of(kind, runs)).axes[0].lines
+        assert {y for line in lines for y in line.get_ydata()} == {1}
+        marked = [x for line in lines[1::2] for x in line.get_xdata()]
+        assert len(set(marked)) == len(marked) == 3 * len(names)
+
+    def test_targets_are_those_of_the_comparison(self, make_runs):
+        runs = [
+            *make_runs([1.0, 0.7, 0.6], task="cola"),
+            *make_runs([0.9, 0.9, 0.5], task="cola", clipping="norm"),
+            *make_runs([0.8, 0.9, 0.3], task="voc"),
+            *make_runs([1.0, 1.2, 0.9], task="voc", clipping="norm"),
+        ]
+        kind = PerformanceProfile(title="profile")
+        table = table_of(kind, runs)
+        across = next(table for table in compare(runs).tables if table.name == "across")
+        assert table.groupby("line")["score"].first().to_dict() == {
+            row["method"]: pytest.approx(row["profile"]) for row in across.rows
+        }
+        told = drawn(kind, table).get_label()
+        assert "Targets, the median of no_clip unless given: cola 0.7, voc 0.8." in told
+        kind = PerformanceProfile(title="profile", targets={"voc": 0.85})
+        assert "cola 0.7, voc 0.85 (given)." in drawn(kind, table_of(kind, runs)).get_label()
+
+    def test_a_task_without_target_or_a_method_not_on_all_tasks(self, make_run, make_runs):
         runs = [make_run(1.0), make_run(1.0, task="voc"), make_run(1.0, clipping="norm")]
-        with pytest.raises(UserError, match="targets has none for voc; it has cola"):
-            table_of(PerformanceProfile(title="", targets={"cola": 0.5}), runs)
+        with pytest.raises(UserError, match="targets has none for voc, where there is no reference 'nrom'"):
+            table_of(PerformanceProfile(title="", targets={"cola": 0.5}, reference="nrom"), runs)
+        with pytest.raises(UserError, match=r"targets has vok; tasks are cola, voc\. Did you mean 'voc'\?"):
+            table_of(PerformanceProfile(title="", targets={"vok": 0.5}), runs)
+        with pytest.raises(UserError, match="for cola, where half the runs of no_clip diverged"):
+            table_of(PerformanceProfile(title=""), make_runs([math.nan, math.nan]))
         with pytest.raises(UserError, match="norm has no runs on voc, which others have"):
             table_of(PerformanceProfile(title="", targets={"cola": 0.5, "voc": 0.5}), runs)
 
@@ -441,3 +503,15 @@ class TestVerdicts:
     def test_a_reference_that_is_not_there(self, two_tasks):
         with pytest.raises(UserError, match=r"there is no reference 'no_clp'; these are .*mean 'no_clip'"):
             Verdicts(title="", reference="no_clp").table(ended(two_tasks[:10])[0])
+
+
+def test_lines_stand_in_the_order_of_their_labels():
+    labels = ["sgd no_clip", "adam no_clip", "sgd norm"]
+    keys = [
+        (task, *line.split())
+        for task in ("voc", "cola")
+        for line in ("adam no_clip", "sgd norm", "sgd no_clip")
+    ]
+    expected = [(task, *line.split()) for task in ("cola", "voc") for line in labels]
+    assert in_order(keys, labels) == expected
+    assert in_order([("norm",), ("no_clip",), ("b",)], ["b"]) == [("b",), ("no_clip",), ("norm",)]
