@@ -23,7 +23,10 @@ CONFIG["initializer_range"] = 0.5  # or all sentences look alike
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 POOLER = ["pooler.dense.weight", "pooler.dense.bias"]
 CLASSIFIER = ["classifier.weight", "classifier.bias"]
-EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("cola_*.yaml"))
+# The paper's; the tuned one is ours, to measure its gradient noise.
+EXPERIMENTS = sorted(
+    {path.stem for path in (conf_dir() / "experiment").glob("cola_*.yaml")} - {"cola_adam_tuned"}
+)
 
 
 @pytest.fixture
